@@ -1,0 +1,136 @@
+"""Checkpoints: whole or absent, and checked when they are read.
+
+A checkpoint is the folder ``step-XXXXXXXX`` with ``meta.safetensors`` (the meta-parameters), ``outer.safetensors`` (the
+tensors of the outer optimizer) and ``state.json`` (the rest, and the others' checksums). It is written under another
+name, flushed to disk and renamed. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from distmeta.core.types import Params
+from distmeta.errors import CheckpointError, StorageError
+
+FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    params: Params
+    """Meta-parameters under their joined names."""
+    tensors: dict[str, Tensor]
+    """Of the outer optimizer."""
+    state: dict[str, Any]
+    """Plain data."""
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of outer step ``step`` lies."""
+    return folder / f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, ascending."""
+    found = [path.name[5:] for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint; one of the same step is there already only if it holds the same.
+
+    Raises:
+        StorageError: It could not be written. Those before it are untouched.
+    """
+    final = path_of(folder, step)
+    if final.exists():
+        return final
+    temporary = folder / f".writing-{final.name}"
+    meta = safetensors.torch.save({name: tensor.detach().contiguous() for name, tensor in checkpoint.params.items()})
+    outer = safetensors.torch.save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
+    try:
+        content = json.dumps(checkpoint.state, sort_keys=True, allow_nan=True)
+    except TypeError as error:
+        raise StorageError(f"the state of the outer optimizer or its schedule cannot be saved: {error}") from error
+    sums = {"meta.safetensors": _sha256(meta), "outer.safetensors": _sha256(outer), "content": _sha256(content.encode())}
+    record = json.dumps({"format": FORMAT, "sha256": sums, "content": content}, indent=1)
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        for name, data in (("meta.safetensors", meta), ("outer.safetensors", outer), ("state.json", record.encode())):
+            write_durably(temporary / name, data)
+        sync_folder(temporary)
+        os.rename(temporary, final)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = steps(folder)
+        raise StorageError(
+            f"checkpoint {final} could not be written ({error.strerror or error}); "
+            + (f"the one of step {kept[-1]} is whole" if kept else "there is none before it")
+            + "; free some space, then resume"
+        ) from error
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or of another version; the message names a whole one before it.
+    """
+    try:
+        record = json.loads((path / "state.json").read_text())
+        if record["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {path} has format {record['format']}; this version of distmeta reads format {FORMAT}"
+            )
+        content = record["content"]
+        files = {name: (path / name).read_bytes() for name in ("meta.safetensors", "outer.safetensors")}
+        for name, data in {**files, "content": content.encode()}.items():
+            if _sha256(data) != record["sha256"][name]:
+                raise ValueError(f"the checksum of {name.replace('content', 'state.json')} differs")
+        meta, outer = (safetensors.torch.load(files[name]) for name in ("meta.safetensors", "outer.safetensors"))
+        return Checkpoint(meta, outer, json.loads(content))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        earlier = [step for step in steps(path.parent) if path_of(path.parent, step).name < path.name]
+        hint = f"; take the one before with --checkpoint {earlier[-1]}" if earlier else ""
+        raise CheckpointError(f"checkpoint {path} is missing or damaged ({error}){hint}") from error
+
+
+def prune(folder: Path, keep_last: int, best: int | None) -> None:
+    """Removes all but the ``keep_last`` newest checkpoints and that of step ``best``."""
+    for step in steps(folder)[:-keep_last]:
+        if step != best:
+            shutil.rmtree(path_of(folder, step))
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file and flushes it to disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes the entries of a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,163 @@
+"""Parts that a configuration names: ``{use: NAME, option: value, …}`` and the objects built from them.
+
+``NAME`` is a registered name or an import string ``package.module:Name`` of a class or function of the user's own. Its
+signature is the schema: types are checked against its annotations, unknown options are refused, and a string in
+``Annotated[type, "…"]`` is the option's documentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from distmeta.errors import ConfigError, DistmetaError
+
+
+class Component(BaseModel):
+    """``use`` names what to build; every other key is an option of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    use: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but ``use``."""
+        return dict(self.model_extra or {})
+
+
+def find(section: str, name: str, registry: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The class or function called ``name``: one of ``registry``, or one imported by ``package.module:Name``.
+
+    Raises:
+        ConfigError: There is none of that name; the message gives the nearest known one.
+    """
+    if name in registry:
+        return registry[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"{section}: {name!r} is not known{nearest(name, registry)}; known are {', '.join(sorted(registry))}, "
+            "and your own as 'package.module:Name'"
+        )
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a module beside the configuration is found as `python -m` would find it
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{section}: {name!r} cannot be imported: {error}") from error
+
+
+def schema(target: Callable[..., Any], given: Iterable[str] = ()) -> type[BaseModel]:
+    """The options of ``target`` as a pydantic model, without the arguments ``given`` that the program supplies."""
+    parameters = inspect.signature(target).parameters.values()
+    scope = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(scope, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read
+        hints = {}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    fields: dict[str, Any] = {}
+    for p in parameters:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in given:
+            continue
+        fields[p.name] = (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
+    config = ConfigDict(
+        extra="allow" if open_ended else "forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+    return create_model(getattr(target, "__name__", "options"), __config__=config, **fields)
+
+
+def options_of(section: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str] = ()):
+    """``options`` checked against the signature of ``target`` and completed with its defaults.
+
+    Raises:
+        ConfigError: An option is unknown, missing or of the wrong type.
+    """
+    model = schema(target, given)
+    try:
+        return dict(model.model_validate(dict(options)))
+    except ValidationError as error:
+        raise ConfigError(explain(error, model, section)) from error
+
+
+def build(section: str, target: Callable[..., Any], options: Mapping[str, Any], **given: Any) -> Any:
+    """Calls ``target`` with checked options and with those of ``given`` that it has parameters for.
+
+    Raises:
+        ConfigError: An option is unknown, missing, of the wrong type or out of range.
+    """
+    parameters = inspect.signature(target).parameters
+    supplied = {key: value for key, value in given.items() if key in parameters}
+    checked = options_of(section, target, options, supplied)
+    try:
+        return target(**checked, **supplied)
+    except DistmetaError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section}: {getattr(target, '__name__', target)} refused its options: {error}") from error
+
+
+def documentation(target: Callable[..., Any], given: Iterable[str] = ()) -> dict[str, str]:
+    """For each option of ``target`` the string in its annotation, or an empty one."""
+    docs: dict[str, str] = {}
+    for name, field in schema(target, given).model_fields.items():
+        texts = [m for m in field.metadata if isinstance(m, str)]
+        if not texts and get_origin(field.annotation) is Annotated:
+            texts = [m for m in get_args(field.annotation)[1:] if isinstance(m, str)]
+        docs[name] = texts[0] if texts else (field.description or "")
+    return docs
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def explain(error: ValidationError, model: type[BaseModel], section: str = "") -> str:
+    """The first complaints of pydantic as one line in terms of configuration keys."""
+    lines: list[str] = []
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"]]
+        key = ".".join(([section] if section else []) + [part for part in where if not _is_branch(part)])
+        kind = problem["type"]
+        if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = _keys_at(model, where[:-1])
+            hint = nearest(where[-1], known) or (f"; known are {', '.join(sorted(known))}" if known else "")
+            line = f"{key}: unknown key{hint}"
+        elif kind == "missing":
+            line = f"{key}: missing; it has no default"
+        else:
+            cause = problem.get("ctx", {}).get("error")
+            line = str(cause) if isinstance(cause, DistmetaError) else f"{key}: {_plain(problem)}"
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines[:4])
+
+
+def _is_branch(part: str) -> bool:
+    """Whether pydantic put ``part`` in to name a member of a union."""
+    return part in ("int", "float", "str", "bool", "none", "Component") or "[" in part
+
+
+def _plain(problem: Any) -> str:
+    message = problem["msg"]
+    message = message[0].lower() + message[1:]
+    return f"{message}; given: {problem['input']!r}"
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

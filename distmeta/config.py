@@ -1,0 +1,180 @@
+"""The configuration of a run: schema, YAML files, dotted overrides.
+
+A configuration is data. Reading one imports nothing but what its ``use`` keys name, and executes nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distmeta.components import Component, explain, nearest
+from distmeta.errors import ConfigError
+
+DEFAULT = "glyphs-5way-1shot-maml"
+"""The packaged configuration that ``distmeta train`` runs without arguments: offline, minutes on two cores."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Outer(Section):
+    """The outer loop: how the driver turns the mean meta-gradient into an update."""
+
+    use: str = Field("Adam", description="optimizer of torch.optim, or package.module:Name")
+    lr: float = Field(1e-3, gt=0, description="outer (meta) learning rate; Reptile's epsilon with use: SGD")
+    weight_decay: float = Field(0.0, ge=0, description="the optimizer's weight decay")
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
+    clip_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of the mean meta-gradient")
+    schedule: Component | None = Field(
+        None, description="learning-rate schedule of torch.optim.lr_scheduler with its arguments, one step a step"
+    )
+
+
+class Train(Section):
+    """Meta-training."""
+
+    steps: int = Field(1000, ge=0, description="outer steps")
+    meta_batch_size: int = Field(32, ge=1, description="tasks of an outer step")
+    shard_size: int = Field(8, ge=1, description="tasks of a shard, the unit of work; part of the result's last bits")
+    strategy: Literal["loop", "vmap"] = Field("loop", description="tasks of a shard one by one, or vectorised")
+    log_every: int = Field(10, ge=1, description="outer steps between lines of metrics")
+
+
+class Validation(Section):
+    """Evaluation on meta-validation tasks during training, always the same ones."""
+
+    every: int = Field(200, ge=0, description="outer steps between validations; 0: never")
+    tasks: int = Field(100, ge=1, description="tasks of each validation")
+
+
+class Evaluation(Section):
+    """The evaluation on meta-test tasks after training, and by the command evaluate."""
+
+    tasks: int = Field(600, ge=0, description="unseen test tasks; 0: none after training")
+    shard_size: int = Field(10, ge=1, description="tasks of a shard")
+    baselines: bool = Field(True, description="print the untrained model and nearest neighbours beside it")
+
+
+class Checkpoint(Section):
+    """What is kept on disk to resume from."""
+
+    every: int = Field(200, ge=1, description="outer steps between checkpoints; the last step has one always")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one by validation")
+
+
+class Scaling(Section):
+    """Who computes. Nothing here changes the resulting parameters, but threads_per_worker and the type of device."""
+
+    num_workers: int | Literal["auto"] = Field(
+        "auto", description="Ray actors; auto: one per GPU with use_gpu, else per CPU core; 0: this process, no Ray"
+    )
+    use_gpu: bool = Field(False, description="each worker computes on a GPU of its own")
+    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs of a worker with use_gpu; less than 1 shares one")
+    cpus_per_worker: float = Field(1.0, ge=0, description="CPU cores that Ray sets aside for a worker")
+    threads_per_worker: int = Field(1, ge=1, description="threads of torch in a worker; part of the last bits")
+    address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else a local one")
+    start_timeout: float = Field(300.0, gt=0, description="seconds to wait for the first worker")
+
+
+class Config(Section):
+    """A whole run: with the seed, all that its result depends on."""
+
+    seed: int = Field(0, ge=0, description="names all random streams of the run")
+    tasks: Component = Field(Component(use="glyphs"), description="distribution over tasks")
+    model: Component = Field(Component(use="conv4"), description="the network")
+    loss: str | None = Field(None, description="cross_entropy, mse or package.module:Name; null: the tasks' own")
+    algorithm: Component = Field(Component(use="maml"), description="the meta-learning algorithm")
+    outer: Outer = Outer()  # pyright: ignore[reportCallIssue]
+    train: Train = Train()  # pyright: ignore[reportCallIssue]
+    validation: Validation = Validation()  # pyright: ignore[reportCallIssue]
+    evaluation: Evaluation = Evaluation()  # pyright: ignore[reportCallIssue]
+    checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
+    scaling: Scaling = Scaling()  # pyright: ignore[reportCallIssue]
+    name: str | None = Field(None, description="name of the run; null: that of the configuration")
+    run_dir: str | None = Field(None, description="folder of the run, which must be new; null: runs/NAME-TIME")
+    data_root: str | None = Field(None, description="folder of data sets; null: $DISTMETA_DATA, else the user's cache")
+
+
+def packaged() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    folder = Path(str(resources.files("distmeta") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a packaged name, a YAML file or a mapping, changed by ``key.subkey=value`` strings.
+
+    Raises:
+        ConfigError: The source is not there or is no YAML, or a key is unknown, of the wrong type or out of range.
+    """
+    if source is None:
+        source = DEFAULT
+    if isinstance(source, Mapping):
+        data: dict[str, Any] = dict(source)
+    else:
+        path = _path_of(source)
+        data = {"name": path.stem} | read_yaml(path)
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"{override!r} is not an override; give key=value, for example train.steps=100")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"the configuration cannot be read: {_one_line(error)}") from error
+    return validate(plain)
+
+
+def validate(data: object) -> Config:
+    """The configuration that plain data means.
+
+    Raises:
+        ConfigError: A key is unknown, of the wrong type or out of range.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config)) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values; it holds a {type(data).__name__}")
+    return {str(key): value for key, value in data.items()}
+
+
+def _path_of(source: str | Path) -> Path:
+    names = packaged()
+    if str(source) in names:
+        return names[str(source)]
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise ConfigError(f"no configuration file {path}")
+        return path
+    raise ConfigError(
+        f"no packaged configuration {str(source)!r}{nearest(str(source), names)}; "
+        "`distmeta config` lists them, and a path must end in .yaml"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,60 @@
+"""Gradients that can be differentiated again, with one spelling for two machineries.
+
+Algorithms call `grad_and_value` and run unchanged in a loop over tasks (autograd's tape: 1.4 times as fast there as
+function transforms, for the 4-layer convolutional network on a CPU) and under ``torch.func.vmap`` over the tasks of a
+shard (where the tape cannot follow). ``vmap`` always stands outside ``grad``: the other way round, an affine
+batch-norm has wrong second derivatives in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from distmeta.core.types import Metrics, Params
+
+_transforms: ContextVar[bool] = ContextVar("transforms", default=False)
+
+
+@contextmanager
+def function_transforms() -> Iterator[None]:
+    """Within this context `grad_and_value` uses ``torch.func``, so that it may run under ``vmap``."""
+    token = _transforms.set(True)
+    try:
+        yield
+    finally:
+        _transforms.reset(token)
+
+
+def grad_and_value(
+    function: Callable[[Params], tuple[Tensor, Metrics]], params: Params, *, create_graph: bool
+) -> tuple[Params, Tensor, Metrics]:
+    """∇f(p), f(p) and the metrics of one call of f.
+
+    Args:
+        function: f, from parameters to a scalar and metrics.
+        params: p, where to differentiate.
+        create_graph: Whether the gradient is part of the graph of an outer differentiation through ``params``
+            (second order). If not, it is a constant and ``params`` need no graph.
+
+    Returns:
+        The gradient (zeros for parameters that f does not use), the value, and the metrics without graph.
+    """
+    if _transforms.get():
+        gradient, (value, metrics) = torch.func.grad_and_value(function, has_aux=True)(params)
+        if not create_graph:
+            gradient = {name: tensor.detach() for name, tensor in gradient.items()}
+    else:
+        if not create_graph:
+            params = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+        with torch.enable_grad():
+            value, metrics = function(params)
+            tensors = torch.autograd.grad(
+                value, list(params.values()), create_graph=create_graph, materialize_grads=True
+            )
+        gradient = dict(zip(params, tensors, strict=True))
+    return gradient, value.detach(), {name: tensor.detach() for name, tensor in metrics.items()}

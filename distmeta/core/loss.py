@@ -1,0 +1,88 @@
+"""From an ``nn.Module`` and a criterion to the pure loss L_T(theta; D) that algorithms differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[reportPrivateUsage]
+
+from distmeta.core.types import Batch, Metrics, Params
+from distmeta.errors import ConfigError
+
+Criterion = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Metrics]]
+"""``criterion(output, target)`` gives a scalar, or a scalar and metrics."""
+
+
+def cross_entropy(output_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Metrics]:
+    """Mean cross-entropy in nats, and ``accuracy``, the share of examples whose greatest logit is the target's."""
+    accuracy = (output_NC.argmax(-1) == target_N).to(output_NC.dtype).mean()
+    return F.cross_entropy(output_NC, target_N), {"accuracy": accuracy}
+
+
+def mse(output: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    """Mean squared error."""
+    return F.mse_loss(output, target), {}
+
+
+CRITERIA: dict[str, Criterion] = {"cross_entropy": cross_entropy, "mse": mse}
+"""The criteria that a configuration can name."""
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuses layers that have no meaning in an inner loop.
+
+    Running statistics are state that a forward pass changes: the inner loop of one task would leak into the next and
+    the result would depend on which worker ran which task.
+
+    Raises:
+        ConfigError: A normalisation layer keeps running statistics.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            raise ConfigError(
+                f"layer {name or '(the model)'} ({type(layer).__name__}) keeps running statistics, which an inner loop "
+                "would change from task to task; build it with track_running_stats=False (statistics of the batch), "
+                "or use GroupNorm or LayerNorm"
+            )
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether a prediction depends on the other examples of its batch, which makes evaluation transductive."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+class ModuleLoss:
+    """L_T(theta; D) = criterion(f_theta(x), y), a pure function of theta and D = (x, …, y).
+
+    Parameters with ``requires_grad=False`` are constants; all others are theta.
+
+    Args:
+        module: f, whose own parameter values are only the initial theta.
+        criterion: From output and target to a scalar, or to a scalar and metrics.
+
+    Raises:
+        ConfigError: The module cannot be used in an inner loop (see `check_module`).
+    """
+
+    def __init__(self, module: nn.Module, criterion: Criterion) -> None:
+        check_module(module)
+        self.module = module
+        self.criterion = criterion
+
+    def init(self) -> Params:
+        """The initial theta: copies of the module's trainable parameters."""
+        return {
+            name: tensor.detach().clone() for name, tensor in self.module.named_parameters() if tensor.requires_grad
+        }
+
+    def predict(self, params: Params, *inputs: Tensor) -> Tensor:
+        """f_theta(x)."""
+        return functional_call(self.module, params, inputs)
+
+    def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
+        """L_T(theta; D) and metrics; ``batch`` is ``(x, …, y)``."""
+        result = self.criterion(self.predict(params, *batch[:-1]), batch[-1])
+        return result if isinstance(result, tuple) else (result, {})

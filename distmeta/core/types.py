@@ -1,0 +1,98 @@
+"""The vocabulary of the package: parameters, tasks, distributions over tasks, and what a meta-gradient is.
+
+Shapes in names: ``x_BCHW`` is a batch of images; ``N`` ways, ``K`` shots, ``Q`` queries a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Named tensors, as ``dict(module.named_parameters())`` gives them."""
+
+Metrics = dict[str, Tensor]
+"""Named scalars of one evaluation of a loss, for example ``{"accuracy": ...}``."""
+
+Batch = tuple[Tensor, ...]
+"""Inputs and, last, targets; the first axis of every tensor counts examples."""
+
+TaskLoss = Callable[[Params, Batch], tuple[Tensor, Metrics]]
+"""L_T(theta; D): a pure function of parameters and data to a scalar loss and metrics."""
+
+Split = Literal["train", "val", "test"]
+"""Meta-training, meta-validation and meta-test: disjoint sets of tasks, not of examples of one task."""
+
+
+class Task(Protocol):
+    """One task T: data to adapt on (support) and data to judge the adapted parameters by (query).
+
+    Both are methods of the parameters because in reinforcement learning they are sampled with a policy.
+    """
+
+    def support(self, params: Params, inner_step: int) -> Batch:
+        """Data of inner step ``inner_step`` (from 0), at parameters ``params``."""
+        ...
+
+    def query(self, params: Params) -> Batch:
+        """Data that judges the adapted parameters ``params``."""
+        ...
+
+
+class Episode(NamedTuple):
+    """The supervised task: a fixed support set and a fixed query set."""
+
+    support_set: Batch
+    query_set: Batch
+
+    def support(self, params: Params, inner_step: int) -> Batch:
+        """The whole support set, at every step."""
+        return self.support_set
+
+    def query(self, params: Params) -> Batch:
+        """The whole query set."""
+        return self.query_set
+
+
+class TaskDistribution(Protocol):
+    """p(T), the distribution that tasks come from.
+
+    ``sample`` must be a pure function of the state of ``rng`` and ``split``: the same task then comes out on whichever
+    worker it is built, which is what makes results independent of the hardware.
+    """
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Task:
+        """Draws one task of ``split`` with the random numbers of ``rng`` alone."""
+        ...
+
+
+class MetaParams(NamedTuple):
+    """All that the outer loop learns."""
+
+    model: Params
+    """theta, the initialisation."""
+    extra: Params
+    """Whatever else is meta-learned: learning rates, curvature, an update rule. Empty for MAML and Reptile."""
+
+
+class MetaGradient(NamedTuple):
+    """What one task contributes to the outer update."""
+
+    gradient: MetaParams
+    """The direction that the outer optimizer descends, of the same structure as the meta-parameters."""
+    metrics: Metrics
+    """Scalars to average over the meta-batch; ``loss`` is always among them."""
+
+
+class TaskSpec(NamedTuple):
+    """What a model must know of the tasks to be built for them."""
+
+    input_shape: tuple[int, ...]
+    """Shape of one input, without the axis that counts examples, for example ``(1, 28, 28)``."""
+    outputs: int
+    """Number of outputs: the ways of a classification, the targets of a regression."""
+    loss: Any
+    """``loss(output, target)``: the tasks' own loss (see `distmeta.core.loss`)."""

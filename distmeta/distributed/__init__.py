@@ -1,0 +1,1 @@
+"""Where task shards are computed: in this process, or on Ray actors, with the same bits."""

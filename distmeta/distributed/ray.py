@@ -1,0 +1,254 @@
+"""A pool of Ray actors that pull task shards.
+
+Workers hold nothing but caches, so a lost one costs only the shards it was at: they go to another, and the numbers stay
+the same to the bit. Parameters travel as one flat array, put once a step in the object store of each node.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import ray
+from ray.exceptions import (
+    AuthenticationError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from distmeta.config import Scaling
+from distmeta.core.types import Task
+from distmeta.distributed.work import Problem, Shard, ShardResult, Work
+from distmeta.errors import DistmetaError, ResourceError, WorkerError
+
+log = logging.getLogger("distmeta")
+
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
+QUEUED = 2  # shards that a worker has at a time: one to compute, one to begin at once after it
+TRIES = 4  # workers that a shard may lose before it is taken for the cause
+
+
+class _Worker:
+    """The actor: computes the shards that it is sent, and builds tasks ahead."""
+
+    def __init__(self, problem: Problem) -> None:
+        logging.getLogger("distmeta").setLevel(logging.WARNING)
+        if problem.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ResourceError("scaling.use_gpu is on, but torch sees no GPU in a worker")
+        self.problem = problem
+        self.ahead: dict[Shard, list[Task]] = {}
+
+    def ready(self) -> int:
+        """The process of this worker, once it can work."""
+        return os.getpid()
+
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        """Builds the tasks of ``shards`` while the driver is busy."""
+        self.ahead = {shard: self.problem.build(shard) for shard in shards}
+
+    def run(self, work: Work, vector: np.ndarray, shard: Shard) -> ShardResult:
+        """See `Problem.run`."""
+        return self.problem.run(work, vector, shard, self.ahead.pop(shard, None))
+
+
+class RayPool:
+    """Computes shards on Ray actors; joins a cluster, or starts a local one, and stops what it has started.
+
+    Args:
+        problem: What to compute.
+        scaling: How many workers, and what each is given.
+        most: The greatest number of shards of one call: more workers would idle.
+
+    Raises:
+        ResourceError: The cluster cannot be reached, or cannot give even one worker its resources.
+    """
+
+    def __init__(self, problem: Problem, scaling: Scaling, most: int) -> None:
+        self.scaling = scaling
+        self.retries = 0
+        self._owns_cluster = not ray.is_initialized()
+        if self._owns_cluster:
+            _connect(scaling)
+        try:
+            self.size = self._size(most)
+            self._check_resources()
+            self._problem = ray.put(problem)
+            gpus = scaling.gpus_per_worker if scaling.use_gpu else 0
+            self._actor = ray.remote(_Worker).options(
+                num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_restarts=0, max_task_retries=0
+            )
+            self._starting: dict[ray.ObjectRef, Any] = {}
+            self._workers: dict[Any, int] = {}
+            for _ in range(self.size):
+                self._add_worker()
+            self._wait_for_first()
+        except BaseException:
+            self.close()
+            raise
+
+    def _size(self, most: int) -> int:
+        if self.scaling.num_workers != "auto":
+            return self.scaling.num_workers
+        have = ray.cluster_resources()
+        if self.scaling.use_gpu:
+            found = int(have.get("GPU", 0) / self.scaling.gpus_per_worker)
+        else:
+            found = int(have.get("CPU", 1) / max(self.scaling.cpus_per_worker, 1e-3))
+        return max(1, min(found, most))
+
+    def _check_resources(self) -> None:
+        have = ray.cluster_resources()
+        need = {"CPU": self.scaling.cpus_per_worker * self.size}
+        if self.scaling.use_gpu:
+            need["GPU"] = self.scaling.gpus_per_worker * self.size
+        if any(have.get(kind, 0) < amount for kind, amount in need.items()):
+            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+            offered = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in need)
+            raise ResourceError(
+                f"{self.size} workers need {asked}; the cluster has {offered}. Lower scaling.num_workers, "
+                "scaling.cpus_per_worker or scaling.gpus_per_worker, or join a larger cluster with scaling.address"
+            )
+
+    def _add_worker(self) -> None:
+        worker = self._actor.remote(self._problem)
+        self._starting[worker.ready.remote()] = worker
+
+    def _wait_for_first(self) -> None:
+        ready, _ = ray.wait(list(self._starting), timeout=self.scaling.start_timeout)
+        if not ready:
+            free = ray.available_resources()
+            offered = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+            raise ResourceError(
+                f"no worker has started within {self.scaling.start_timeout:g} s; free in the cluster: {offered}. "
+                "Another job may hold the rest; scaling.start_timeout waits longer"
+            )
+        self._admit(ready)
+
+    def _admit(self, ready: Sequence[ray.ObjectRef]) -> None:
+        """Takes workers that have started into service."""
+        for ref in ready:
+            worker = self._starting.pop(ref)
+            try:
+                self._workers[worker] = ray.get(ref)
+            except RayActorError as error:
+                if isinstance(error.cause if hasattr(error, "cause") else None, DistmetaError):
+                    raise error.cause from None
+                raise WorkerError(f"a worker died while starting: {_one_line(error)}") from error
+
+    def map(
+        self, work: Work, vector: np.ndarray, shards: Sequence[Shard], upcoming: Sequence[Shard] = ()
+    ) -> list[ShardResult]:
+        """See `distmeta.distributed.executor.Executor.map`."""
+        broadcast = ray.put(vector)
+        waiting = deque(range(len(shards)))
+        results: dict[int, ShardResult] = {}
+        running: dict[ray.ObjectRef, tuple[Any, int]] = {}
+        load: Counter[Any] = Counter()
+        tries: Counter[int] = Counter()
+        ahead = _ahead(upcoming, len(self._workers))
+        while len(results) < len(shards):
+            while waiting and self._workers:
+                worker = min(self._workers, key=lambda w: load[w])  # the first of the least loaded
+                if load[worker] >= QUEUED:
+                    break
+                index = waiting.popleft()
+                running[worker.run.remote(work, broadcast, shards[index])] = (worker, index)
+                load[worker] += 1
+            done, _ = ray.wait([*running, *self._starting], num_returns=1)
+            for ref in done:
+                if ref in self._starting:
+                    self._admit([ref])
+                    continue
+                worker, index = running.pop(ref)
+                load[worker] -= 1
+                try:
+                    results[index] = ray.get(ref)
+                except LOST as error:
+                    tries[index] += 1
+                    waiting.appendleft(index)
+                    self._replace(worker, error, shards[index], tries[index])
+                except RayTaskError as error:
+                    raise _unwrap(error) from None
+                else:
+                    if not waiting and not load[worker] and ahead and worker in self._workers:
+                        worker.prepare.remote(ahead.popleft())
+        return [results[index] for index in range(len(shards))]
+
+    def _replace(self, worker: Any, error: Exception, shard: Shard, tries: int) -> None:
+        """Lets go of a lost worker and starts another, without waiting for it."""
+        self.retries += 1
+        process = self._workers.pop(worker, None)
+        if process is not None:
+            log.warning(
+                "worker %d was lost at tasks %d-%d of step %d (%s): another worker redoes them",
+                process, shard.first, shard.first + shard.count - 1, shard.step, type(error).__name__,
+            )  # fmt: skip
+            ray.kill(worker)
+            self._add_worker()
+        if tries >= TRIES:
+            raise WorkerError(
+                f"tasks {shard.first}-{shard.first + shard.count - 1} of step {shard.step} (split {shard.split}) have "
+                f"lost {tries} workers in a row: {_one_line(error)}. They may need more memory than a worker has; lower "
+                "train.shard_size or the size of a task"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the workers, and the cluster if it was started here."""
+        for worker in [*getattr(self, "_workers", ()), *getattr(self, "_starting", {}).values()]:
+            ray.kill(worker)
+        self._workers, self._starting = {}, {}
+        if self._owns_cluster:
+            ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _ahead(upcoming: Sequence[Shard], workers: int) -> deque[list[Shard]]:
+    """For each worker the shards of the next call that it is likely to be sent first."""
+    return deque([list(upcoming[w :: max(workers, 1)])[:QUEUED] for w in range(min(workers, len(upcoming)))])
+
+
+def _connect(scaling: Scaling) -> None:
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True, "namespace": "distmeta"}
+    start = time.perf_counter()
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # A worker per core is the rule; who asks for more on one machine gets them, sharing the cores.
+            wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
+            cores = max(os.cpu_count() or 1, int(np.ceil(wanted)))
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    except (ConnectionError, AuthenticationError, ValueError, RuntimeError) as error:
+        raise ResourceError(
+            f"the Ray cluster {address or 'of this machine'} cannot be joined ({_one_line(error)}); is it up, and is "
+            "RAY_AUTH_MODE=token set here if it uses tokens?"
+        ) from error
+    log.info("Ray is ready after %.1f s", time.perf_counter() - start)
+
+
+def _unwrap(error: RayTaskError) -> DistmetaError:
+    """The worker's own error as it was raised there, or one that tells of it."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, DistmetaError):
+        return cause
+    return WorkerError(f"a worker failed: {type(cause).__name__}: {_one_line(cause or error)}\n{error}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,95 @@
+"""How well a meta-learner adapts to unseen tasks: mean and 95% confidence interval over tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from distmeta.core.loss import uses_batch_statistics
+from distmeta.core.types import Episode, Split
+from distmeta.distributed.executor import Executor
+from distmeta.distributed.work import Problem, ShardResult, shards_of
+
+Evaluation = dict[str, Any]
+"""Plain data, as it is written to ``summary.json`` (see `evaluate_tasks`)."""
+
+
+def mean_ci(values: np.ndarray) -> dict[str, float]:
+    """``mean`` and ``ci95``, the half-width 1.96 s/√n of the normal 95% interval, of one value for each task."""
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "ci95": 1.96 * spread / len(values) ** 0.5}
+
+
+def evaluate_tasks(
+    executor: Executor, problem: Problem, vector: np.ndarray, split: Split, tasks: int, shard_size: int
+) -> Evaluation:
+    """Adapts to ``tasks`` tasks of ``split`` and judges each by its query set.
+
+    Returns:
+        ``metric``, the name of the metric that counts (``accuracy`` if the loss gives one, else ``loss``); ``before``
+        and ``after`` adaptation, its mean and interval; ``by_inner_step``, for each metric the list of them; and, for
+        classifiers that normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
+        (``transductive`` then says that the other figures are not of that kind).
+    """
+    results = executor.map("evaluate", vector, shards_of(split, 0, tasks, shard_size))
+    metrics = gather(results)
+    inductive = metrics.pop("accuracy_inductive", None)
+    curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items()}
+    metric = "accuracy" if "accuracy" in curves else "loss"
+    evaluation: Evaluation = {
+        "split": split,
+        "tasks": tasks,
+        "metric": metric,
+        "transductive": uses_batch_statistics(problem.loss.module),
+        "before": curves[metric][0],
+        "after": curves[metric][-1],
+        "by_inner_step": curves,
+    }
+    if inductive is not None:
+        evaluation["inductive"] = mean_ci(inductive)
+    return evaluation
+
+
+def nearest_neighbour(
+    executor: Executor, problem: Problem, vector: np.ndarray, split: Split, tasks: int, shard_size: int
+) -> dict[str, float] | None:
+    """The accuracy of nearest neighbours on raw inputs on the same tasks; None if they are no classification."""
+    probe = problem.build(shards_of(split, 0, 1, 1)[0])[0]
+    if not isinstance(probe, Episode) or len(probe.support_set) != 2:
+        return None
+    x, y = probe.support_set
+    if not x.is_floating_point() or y.is_floating_point():
+        return None
+    results = executor.map("nearest_neighbour", vector, shards_of(split, 0, tasks, shard_size))
+    return mean_ci(gather(results)["accuracy"])
+
+
+def gather(results: list[ShardResult]) -> dict[str, np.ndarray]:
+    """The metrics of all tasks in task order, each an array whose first axis counts tasks."""
+    return {name: np.concatenate([result.metrics[name] for result in results]) for name in results[0].metrics}
+
+
+def better(evaluation: Evaluation, than: float | None) -> bool:
+    """Whether the metric after adaptation is better than an earlier value of it (True if there is none)."""
+    value = evaluation["after"]["mean"]
+    if than is None:
+        return True
+    return value > than if evaluation["metric"] == "accuracy" else value < than
+
+
+def describe(evaluation: Evaluation) -> str:
+    """One line for people."""
+
+    def show(value: dict[str, float]) -> str:
+        if evaluation["metric"] == "accuracy":
+            return f"{100 * value['mean']:.2f}% ± {100 * value['ci95']:.2f}"
+        return f"{value['mean']:.4f} ± {value['ci95']:.4f}"
+
+    steps = len(evaluation["by_inner_step"][evaluation["metric"]]) - 1
+    line = f"{evaluation['metric']} {show(evaluation['before'])} before, {show(evaluation['after'])} after {steps} inner steps"
+    if evaluation["transductive"]:
+        line += " (transductive: query batch statistics)"
+    if "inductive" in evaluation:
+        line += f"; {show(evaluation['inductive'])} inductive"
+    return line

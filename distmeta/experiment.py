@@ -1,0 +1,140 @@
+"""From a configuration to the objects that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distmeta.algorithms import ALGORITHMS, MetaAlgorithm
+from distmeta.components import Component, build, find, options_of
+from distmeta.config import Config
+from distmeta.core.loss import CRITERIA, Criterion, ModuleLoss
+from distmeta.core.params import Layout, join
+from distmeta.core.seeds import torch_seed
+from distmeta.core.types import Params, TaskDistribution, TaskSpec
+from distmeta.distributed.work import Problem
+from distmeta.errors import ConfigError
+from distmeta.models import MODELS
+from distmeta.tasks import TASKS
+
+_OBJECT = "python:"  # marks a part that was given as a Python object and cannot be built from the configuration
+_SUPPLIED = {"tasks": ("data_root",), "model": ("input_shape", "outputs"), "algorithm": ()}
+REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {"tasks": TASKS, "model": MODELS, "algorithm": ALGORITHMS}
+
+
+@dataclass
+class Experiment:
+    """A configuration and what it means."""
+
+    config: Config
+    """Complete: every option of every component is there."""
+    problem: Problem
+    initial: Params
+    """The initial meta-parameters under their joined names."""
+
+
+def complete(config: Config) -> Config:
+    """The configuration with the defaults of its components filled in.
+
+    Raises:
+        ConfigError: A component is unknown, or an option of it is unknown or of the wrong type.
+    """
+    update: dict[str, Any] = {}
+    for section in ("tasks", "model", "algorithm"):
+        component: Component = getattr(config, section)
+        if not component.use.startswith(_OBJECT):
+            target = find(f"{section}.use", component.use, REGISTRIES[section])
+            options = options_of(section, target, component.options, _SUPPLIED[section])
+            update[section] = Component(use=component.use, **options)
+    return config.model_copy(update=update)
+
+
+def assemble(
+    config: Config,
+    *,
+    model: nn.Module | None = None,
+    loss: Criterion | None = None,
+    tasks: TaskDistribution | None = None,
+    algorithm: MetaAlgorithm | None = None,
+) -> Experiment:
+    """Builds what ``config`` names; an object that is given takes the place of its section.
+
+    Raises:
+        ConfigError: A part is unknown, refuses its options or does not fit the others.
+        DataError: The data are missing, damaged or too few.
+    """
+    given = {"tasks": tasks, "model": model, "algorithm": algorithm}
+    marks: dict[str, Any] = {name: Component(use=_mark(part)) for name, part in given.items() if part is not None}
+    if loss is not None:
+        marks["loss"] = _mark(loss)
+    config = complete(config.model_copy(update=marks))
+    if tasks is None:
+        tasks = build_part(config, "tasks", data_root=config.data_root)
+    if not callable(getattr(tasks, "sample", None)):
+        raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
+    prepare = getattr(tasks, "prepare", None)
+    if callable(prepare):
+        prepare()
+    spec = getattr(tasks, "spec", None)
+    if algorithm is None:
+        algorithm = build_part(config, "algorithm")
+    if loss is None:
+        loss = _criterion(config.loss, spec)
+    if model is None:
+        model = _model(config, spec)
+    module_loss = ModuleLoss(model, loss)
+    initial = join(algorithm.init(module_loss.init()))
+    problem = Problem(
+        algorithm=algorithm,
+        loss=module_loss,
+        tasks=tasks,
+        layout=Layout.of(initial),
+        seed=config.seed,
+        strategy=config.train.strategy,
+        threads=config.scaling.threads_per_worker,
+        device="cuda" if config.scaling.use_gpu else "cpu",
+    )
+    return Experiment(config, problem, initial)
+
+
+def build_part(config: Config, section: str, **given: Any) -> Any:
+    """The object of one section of ``config``."""
+    component: Component = getattr(config, section)
+    if component.use.startswith(_OBJECT):
+        name = component.use.removeprefix(_OBJECT)
+        raise ConfigError(f"{section} of this run was the Python object {name}; give it again with {section}=…")
+    target = find(f"{section}.use", component.use, REGISTRIES[section])
+    return build(section, target, component.options, **given)
+
+
+def _model(config: Config, spec: TaskSpec | None) -> nn.Module:
+    given = {} if spec is None else {"input_shape": spec.input_shape, "outputs": spec.outputs}
+    if spec is None and config.model.use in MODELS:
+        raise ConfigError(
+            f"model {config.model.use} must know the tasks' input shape and outputs: give the task distribution a "
+            "`spec` (distmeta.TaskSpec), or give a model"
+        )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch_seed(config.seed, "model"))
+        model = build_part(config, "model", **given)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.use: {config.model.use} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _criterion(name: str | None, spec: TaskSpec | None) -> Criterion:
+    if name is not None and name.startswith(_OBJECT):
+        raise ConfigError(f"the loss of this run was the Python object {name}; give it again with loss=…")
+    chosen = name if name is not None else None if spec is None else spec.loss
+    if chosen is None:
+        raise ConfigError(f"the tasks have no `spec` to name their loss; set loss to one of {', '.join(CRITERIA)}")
+    return find("loss", chosen, CRITERIA) if isinstance(chosen, str) else chosen
+
+
+def _mark(part: object) -> str:
+    kind = part if callable(part) and hasattr(part, "__qualname__") else type(part)
+    return f"{_OBJECT}{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,86 @@
+"""What a run writes of itself while it trains: ``metrics.jsonl`` always, and TensorBoard's files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from distmeta.evaluation import Evaluation
+from distmeta.runs import RunFolder, storage_errors
+
+
+class MetricsLog:
+    """Averages the metrics of outer steps and writes a line for each stretch of them.
+
+    A line of kind ``train`` holds the step, means over the stretch (query loss and accuracy, ``grad_norm``, ``lr``),
+    ``tasks_per_second`` and the seconds of each part: ``map`` (waiting for the shards), ``reduce``, ``outer``,
+    ``validation``, ``checkpoint`` on the driver, and ``sample`` and ``adapt`` summed over workers. A line of kind
+    ``val`` holds an evaluation.
+    """
+
+    def __init__(self, run: RunFolder, step: int) -> None:
+        self.run = run
+        self._rows: list[dict[str, float]] = []
+        self._seconds: list[dict[str, float]] = []
+        self._tasks = 0
+        self._retries = 0
+        self._step = step
+
+    def __enter__(self) -> Self:
+        with storage_errors(self.run.path):
+            self._file = self.run.metrics.open("a")
+            self._board = SummaryWriter(self.run.path / "tensorboard", purge_step=self._step + 1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def add(
+        self, step: int, tasks: int, metrics: Mapping[str, float], seconds: Mapping[str, float], retries: int
+    ) -> None:
+        """Takes in one outer step."""
+        self._step = step
+        self._tasks += tasks
+        self._retries = retries
+        self._rows.append(dict(metrics))
+        self._seconds.append(dict(seconds))
+
+    def flush(self) -> None:
+        """Writes the line of the steps taken in since the last one."""
+        means = {name: float(np.mean([row[name] for row in self._rows])) for name in self._rows[-1]}
+        parts = sorted({part for seconds in self._seconds for part in seconds})
+        spent = {part: sum(seconds.get(part, 0.0) for seconds in self._seconds) for part in parts}
+        wall = sum(spent[part] for part in ("map", "reduce", "outer"))
+        record = {"kind": "train", "step": self._step, "steps": len(self._rows)} | means
+        record |= {"tasks": self._tasks, "tasks_per_second": self._tasks / wall, "retries": self._retries}
+        self._write(record | {"seconds": spent})
+        for name, value in (means | {"tasks_per_second": record["tasks_per_second"]}).items():
+            self._board.add_scalar(f"train/{name}", value, self._step)
+        self._rows, self._seconds, self._tasks = [], [], 0
+
+    def validation(self, step: int, evaluation: Evaluation) -> None:
+        """Writes the line of a validation."""
+        self._write({"kind": "val", "step": step} | evaluation)
+        self._board.add_scalar(f"val/{evaluation['metric']}", evaluation["after"]["mean"], step)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with storage_errors(self.run.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [record for record in self.run.records() if record["kind"] == "train"]
+
+    def total_seconds(self) -> float:
+        """Seconds of meta-training, over all resumptions, without validations."""
+        return sum(sum(line["seconds"].get(p, 0.0) for p in ("map", "reduce", "outer", "checkpoint")) for line in self._lines())
+
+    def tasks_per_second(self) -> float:
+        """Meta-training tasks a second over the whole run."""
+        seconds = self.total_seconds()
+        return sum(line["tasks"] for line in self._lines()) / seconds if seconds else 0.0

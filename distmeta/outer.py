@@ -1,0 +1,135 @@
+"""The outer loop's state: meta-parameters, optimizer and schedule, on the driver."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmeta.components import Component, build, find
+from distmeta.config import Outer
+from distmeta.core.params import Layout
+from distmeta.core.types import Params
+from distmeta.errors import CheckpointError, ConfigError, NumericalError
+
+
+class OuterLoop:
+    """theta ← theta − optimizer(g), where g is the mean meta-gradient: any optimizer and schedule of torch.
+
+    Args:
+        config: The optimizer, its rate and its schedule.
+        params: The initial meta-parameters under their joined names.
+        layout: How they lie in the flat vectors.
+
+    Raises:
+        ConfigError: The optimizer or the schedule is unknown, or refuses its arguments.
+    """
+
+    def __init__(self, config: Outer, params: Params, layout: Layout) -> None:
+        self.layout = layout
+        self.clip_norm = config.clip_norm
+        self.params = {name: torch.nn.Parameter(tensor.detach().cpu().clone()) for name, tensor in params.items()}
+        self.optimizer = _optimizer(config, list(self.params.values()))
+        self.schedule = None
+        if config.schedule is not None:
+            target = _find_in_torch("outer.schedule.use", config.schedule, torch.optim.lr_scheduler)
+            self.schedule = build("outer.schedule", target, config.schedule.options, optimizer=self.optimizer)
+        self.step = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def vector(self) -> np.ndarray:
+        """The meta-parameters as one flat vector: a copy."""
+        return self.layout.pack(dict(self.params))
+
+    def update(self, gradient: np.ndarray) -> dict[str, float]:
+        """One outer step down the mean meta-gradient.
+
+        Returns:
+            ``grad_norm`` before clipping and ``lr``.
+
+        Raises:
+            NumericalError: The updated meta-parameters would not be finite; they stay as they were.
+        """
+        for name, tensor in self.layout.unpack(gradient).items():
+            self.params[name].grad = tensor
+        largest = float("inf") if self.clip_norm is None else self.clip_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), largest))
+        if not np.isfinite(norm):
+            raise NumericalError(
+                f"the mean meta-gradient of step {self.step} has the norm {norm}; lower algorithm.inner_lr or outer.lr"
+            )
+        used = self.lr
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.step += 1
+        return {"grad_norm": norm, "lr": used}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next update depends on beside the meta-parameters: tensors, and plain data for JSON."""
+        packed = self.optimizer.state_dict()
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        for index, entries in packed["state"].items():
+            for key, value in entries.items():
+                (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
+        schedule = self.schedule.state_dict() if self.schedule else None
+        return tensors, {
+            "step": self.step,
+            "optimizer": {"state": plain, "param_groups": packed["param_groups"]},
+            "schedule": schedule,
+        }
+
+    def restore(self, params: Params, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Goes back to a saved state.
+
+        Raises:
+            CheckpointError: The saved parameters are not those of this model.
+        """
+        check_same(params, {name: tuple(tensor.shape) for name, tensor in self.params.items()})
+        with torch.no_grad():
+            for name, tensor in params.items():
+                self.params[name].copy_(tensor)
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in {**tensors, **plain["optimizer"]["state"]}.items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": plain["optimizer"]["param_groups"]})
+        if self.schedule is not None:
+            self.schedule.load_state_dict(plain["schedule"])
+        self.step = int(plain["step"])
+
+
+def check_same(params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises `CheckpointError` unless ``params`` have the names and ``shapes`` of the model."""
+    for name in [*shapes, *params]:
+        saved = tuple(params[name].shape) if name in params else None
+        if saved != shapes.get(name):
+            raise CheckpointError(
+                f"the checkpoint does not fit the model: {name} is {saved or 'absent'} in the checkpoint and "
+                f"{shapes.get(name) or 'absent'} in the model; use the configuration that it was trained with"
+            )
+
+
+def _optimizer(config: Outer, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    target = _find_in_torch("outer.use", Component(use=config.use), torch.optim)
+    if inspect.signature(target.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ConfigError(f"outer.use: {config.use} evaluates the loss anew at each step; take one that does not")
+    options = {"lr": config.lr} | ({"weight_decay": config.weight_decay} if config.weight_decay else {})
+    return build("outer.options", target, options | config.options, params=params)
+
+
+def _find_in_torch(key: str, component: Component, module: Any) -> Any:
+    known = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and name not in ("Optimizer", "LRScheduler") and not name.startswith("_")
+    }
+    return find(key, component.use, known)

@@ -1,0 +1,65 @@
+"""What a person sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from distmeta.config import Config
+
+EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Shows step, time left, tasks a second and the latest loss and accuracy, on standard error."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._total = config.train.steps
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("meta-training", total=self._total, completed=step, metrics="")
+        self._said = time.monotonic()
+        self._rate = 0.0
+        self._last: float | None = None
+        self._smooth: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(text, markup=False)
+
+    def advance(self, step: int, tasks: int, metrics: Mapping[str, float]) -> None:
+        """Shows that ``step`` steps are done."""
+        now = time.monotonic()
+        if self._last is not None:
+            rate = tasks / (now - self._last)
+            self._rate = rate if not self._rate else 0.95 * self._rate + 0.05 * rate
+        self._last = now
+        for name, value in metrics.items():
+            self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
+        text = f"{self._rate:.0f} tasks/s  {shown}"
+        self._bar.update(self._task, completed=step, metrics=text)
+        if self._bar.disable and now - self._said > EVERY:
+            self._said = now
+            left = (self._total - step) * tasks / self._rate if self._rate else 0.0
+            self.say(f"step {step}/{self._total}  {text}  {left / 60:.1f} min left")

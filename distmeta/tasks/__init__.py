@@ -1,0 +1,12 @@
+"""Distributions over tasks, one file a domain.
+
+A distribution is added by writing its file and naming its class here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from distmeta.tasks.glyphs import Glyphs
+from distmeta.tasks.omniglot import Omniglot
+
+TASKS: dict[str, Callable[..., Any]] = {"glyphs": Glyphs, "omniglot": Omniglot}

@@ -1,0 +1,43 @@
+"""What the tests share: caches and data in temporary folders, never the user's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches and data roots of the whole session, in the environment so that worker processes have them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DISTMETA_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def _real_data() -> Path:
+    """The folder of real data sets: ``$DISTMETA_TEST_DATA``, else ``../shared/data``; skips where there is none."""
+    given = os.environ.get("DISTMETA_TEST_DATA")
+    source = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (source / "unpack.py").is_file():
+        pytest.skip(f"needs the Omniglot data: there is no {source / 'unpack.py'} (set DISTMETA_TEST_DATA)")
+    return source
+
+
+@pytest.fixture(scope="session")
+def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the real Omniglot, archives and folders."""
+    root = tmp_path_factory.mktemp("omniglot")
+    subprocess.run([sys.executable, str(_real_data() / "unpack.py"), str(root), "omniglot"], check=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def omniglot_lists() -> Path:
+    """The folder of the published lists of the split of Vinyals et al."""
+    return _real_data() / "omniglot" / "splits"

@@ -1,0 +1,490 @@
+"""Few-shot tasks: sampling, the cache, pictures of the user, downloads."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distmeta.core.seeds import stream
+from distmeta.core.types import Episode, Split
+from distmeta.errors import ConfigError, DataError, StorageError
+from distmeta.tasks.files import atomic_write, cache_dir, default_data_root, download
+from distmeta.tasks.images import (
+    SPLITS,
+    FewShotImages,
+    ImageSet,
+    character_pixels,
+    folder_of_classes,
+    folder_of_images,
+)
+from distmeta.tasks.sinusoid import Sinusoid
+
+COUNTS = (6, 7, 9)  # of the classes 0, 1, 2, 3, 4, ... in turn
+CLASSES = 24
+
+
+@dataclass(eq=False)
+class Numbered(FewShotImages):
+    """Images that say who they are: the corner pixels hold the class and the example, and the orientation shows."""
+
+    version: str = "1"
+
+    name: ClassVar[str] = "numbered"
+    image_shape: ClassVar[tuple[int, int, int]] = (1, 4, 4)
+    built: ClassVar[int] = 0
+
+    def source_key(self) -> str:
+        return self.version
+
+    def build(self) -> ImageSet:
+        Numbered.built += 1
+        counts = np.array([COUNTS[number % 3] for number in range(CLASSES)])
+        pixels = np.zeros((counts.sum(), 4, 4), np.uint8)
+        pixels[:, 0, 0] = np.repeat(np.arange(CLASSES), counts)
+        pixels[:, 0, 1] = np.concatenate([np.arange(count) for count in counts])
+        pixels[:, 0, 2] = 255
+        return ImageSet(pixels, tuple(f"class{number}" for number in range(CLASSES)), counts)
+
+    def split_classes(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+        first = SPLITS.index(split)
+        return np.arange(first, len(names), 3)
+
+
+def identities(x: Tensor) -> list[tuple[int, int, int]]:
+    """(class, example, turn) of each of the images of `Numbered`."""
+    found: list[tuple[int, int, int]] = []
+    for image in np.rint(x[:, 0].numpy() * 255).astype(int):
+        turn = next(turn for turn in range(4) if np.rot90(image, -turn)[0, 2] == 255)
+        upright = np.rot90(image, -turn)
+        found.append((upright[0, 0], upright[0, 1], turn))
+    return found
+
+
+def flat(episode: Episode) -> list[Tensor]:
+    return [*episode.support_set, *episode.query_set]
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+@pytest.mark.parametrize("split", SPLITS)
+def test_episode(split: Split, rotations: bool) -> None:
+    tasks = Numbered(ways=5, shots=2, queries=3, train_shots=1, train_queries=4, rotations=rotations)
+    shots, queries = (1, 4) if split == "train" else (2, 3)
+    members = set(tasks.split_classes([""] * CLASSES, split).tolist())
+    turns: set[int] = set()
+    for index in range(30):
+        (x, y), (query_x, query_y) = tasks.sample(stream("episode", index), split)
+        assert x.shape == (5 * shots, 1, 4, 4) and query_x.shape == (5 * queries, 1, 4, 4)
+        assert x.dtype == query_x.dtype == torch.float32 and y.dtype == query_y.dtype == torch.int64
+        assert x.min() >= 0 and x.max() == 1
+        assert torch.bincount(y).tolist() == [shots] * 5 and torch.bincount(query_y).tolist() == [queries] * 5
+        support, query = identities(x), identities(query_x)
+        assert len({*support, *query}) == 5 * (shots + queries), "an example came twice"
+        # each label stands for one (class, rotation), the same in support and query, and no two labels for the same
+        by_label = {int(label): (who[0], who[2]) for label, who in zip(y, support, strict=True)}
+        assert len(set(by_label.values())) == 5
+        for label, who in [*zip(y, support, strict=True), *zip(query_y, query, strict=True)]:
+            assert by_label[int(label)] == (who[0], who[2])
+        assert {who[0] for who in support} <= members
+        turns |= {who[2] for who in support}
+    assert turns == (set(range(4)) if rotations else {0})
+
+
+def test_same_stream_same_episode_whatever_came_before() -> None:
+    tasks, other = Numbered(shots=2, queries=3, rotations=True), Numbered(shots=2, queries=3, rotations=True)
+    other.sample(stream("something else"), "test")
+    np.random.seed(1)
+    torch.manual_seed(1)
+    first = tasks.sample(stream(7, "train", 3), "train")
+    np.random.seed(2)
+    torch.manual_seed(2)
+    again = other.sample(stream(7, "train", 3), "train")
+    different = tasks.sample(stream(8, "train", 3), "train")
+    assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(again), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(flat(first), flat(different), strict=True))
+
+
+def test_support_is_in_random_order_and_all_is_drawn() -> None:
+    tasks = Numbered(ways=4, shots=2, queries=1)
+    episodes = [tasks.sample(stream("order", index), "val") for index in range(200)]
+    assert len({tuple(episode.support_set[1].tolist()) for episode in episodes}) > 100
+    seen = {who[:2] for episode in episodes for x in (episode.support_set[0], episode.query_set[0])
+            for who in identities(x)}
+    assert len(seen) == sum(COUNTS[number % 3] for number in range(1, CLASSES, 3))
+
+
+def test_episodes_are_their_own_memory() -> None:
+    tasks = Numbered(ways=2, queries=1)
+    episode = tasks.sample(stream(0), "train")
+    before = tasks.images.pixels.copy()
+    for tensor in flat(episode):
+        tensor.fill_(0)
+    assert np.array_equal(before, tasks.images.pixels)
+    with pytest.raises(ValueError, match="read-only"):
+        tasks.images.pixels[0] = 0
+
+
+def test_pickle_carries_no_data() -> None:
+    tasks = Numbered(queries=3)
+    tasks.prepare()
+    blob = pickle.dumps(tasks)
+    assert len(blob) < 2000
+    copy: Numbered = pickle.loads(blob)
+    assert "images" not in copy.__dict__
+    first, again = tasks.sample(stream(1), "val"), copy.sample(stream(1), "val")
+    assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(again), strict=True))
+
+
+def test_spec() -> None:
+    assert Numbered(ways=7).spec == ((1, 4, 4), 7, "cross_entropy")
+    assert Sinusoid().spec == ((1,), 1, "mse")
+
+
+# the cache
+
+
+def truncate(folder: Path) -> None:
+    path = next(folder.glob("*.npy"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = next(folder.glob("*.npy"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def empty_array(folder: Path) -> None:
+    next(folder.glob("*.npy")).write_bytes(b"")
+
+
+def break_index(folder: Path) -> None:
+    next(folder.glob("*.json")).write_text("[1, 2")
+
+
+def foreign_index(folder: Path) -> None:
+    next(folder.glob("*.json")).write_text("[]")
+
+
+def lose_index(folder: Path) -> None:
+    next(folder.glob("*.json")).unlink()
+
+
+def lose_all(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [
+    truncate, flip_a_bit, empty_array, break_index, foreign_index, lose_index, lose_all])
+def test_damaged_cache_is_built_anew(damage: Callable[[Path], None], tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTMETA_CACHE", str(tmp_path))
+    tasks = Numbered(queries=3)
+    tasks.prepare()
+    expected, built = flat(tasks.sample(stream(3), "train")), Numbered.built
+    Numbered(queries=3).prepare()
+    assert Numbered.built == built, "a sound cache was not used"
+    damage(tmp_path)
+    copy: Numbered = pickle.loads(pickle.dumps(tasks))
+    found = flat(copy.sample(stream(3), "train"))
+    assert Numbered.built == built + 1
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npy"]
+
+
+def test_another_key_is_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTMETA_CACHE", str(tmp_path))
+    for version in ("1", "2", "2"):
+        Numbered(queries=3, version=version).prepare()
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DISTMETA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match=r"cannot write .*numbered"):
+        Numbered(queries=3).prepare()
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    with atomic_write(path) as file:
+        file.write(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DISTMETA_DATA", "~/mine")
+    monkeypatch.setenv("DISTMETA_CACHE", "/a/cache")
+    assert default_data_root() == tmp_path / "mine" and cache_dir() == Path("/a/cache")
+    monkeypatch.delenv("DISTMETA_DATA")
+    monkeypatch.delenv("DISTMETA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert default_data_root() == tmp_path / ".cache/distmeta/data" and cache_dir() == Path("/xdg/distmeta")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == tmp_path / ".cache/distmeta"
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Numbered(ways=1), r"tasks.ways is 1; it must be 2 or more"),
+    (lambda: Numbered(shots=0), r"tasks.shots is 0; it must be 1 or more"),
+    (lambda: Numbered(queries=-1), r"tasks.queries is -1"),
+    (lambda: Numbered(train_shots=0), r"tasks.train_shots is 0"),
+    (lambda: Numbered(train_queries=0), r"tasks.train_queries is 0"),
+    (lambda: Sinusoid(shots=0), r"tasks.shots is 0"),
+    (lambda: Sinusoid(test_queries=0), r"tasks.test_queries is 0"),
+    (lambda: Sinusoid(noise=-0.1), r"tasks.noise is -0.1"),
+    (lambda: Sinusoid(noise=float("nan")), r"tasks.noise is nan"),
+])
+def test_settings_out_of_range(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("tasks", "message"), [
+    (Numbered(ways=9, queries=1), "the train split of numbered has 8 classes, fewer than the 9 ways of a task: lower "
+                                  "tasks.ways"),
+    (Numbered(ways=33, queries=1, rotations=True), r"32 classes \(rotations counted\), fewer than the 33 ways"),
+    (Numbered(queries=6), r"class class0 of numbered \(train\) has 6 examples, fewer than 1 shots \+ 6 queries: lower "
+                          r"tasks.shots or tasks.queries"),
+    (Numbered(queries=1, train_shots=6), r"fewer than 6 shots \+ 1 queries: lower tasks.train_shots"),
+    (Numbered(queries=8, train_queries=2), r"class class1 of numbered \(val\) has 7 examples"),
+])
+def test_too_little_data(tasks: Numbered, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tasks.prepare()
+    with pytest.raises(DataError, match=message):
+        tasks.sample(stream(0), "test")
+
+
+# the user's own pictures
+
+
+def drawing(size: tuple[int, int] = (105, 105), paper: int = 255, ink: int = 0) -> Image.Image:
+    """A thick L, a tenth off the edges."""
+    picture = Image.new("L", size, paper)
+    width, height = size
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((width // 4, height // 10, width // 4 + 8, height * 9 // 10), fill=ink)
+    draw.rectangle((width // 4, height * 9 // 10 - 8, width * 3 // 4, height * 9 // 10), fill=ink)
+    return picture
+
+
+def pixels_of(picture: Image.Image, path: Path, **options: object) -> NDArray[np.int64]:
+    picture.save(path, **options)
+    return character_pixels(path, 28).astype(int)
+
+
+def test_pictures_of_any_make_come_out_alike(tmp_path: Path) -> None:
+    plain = pixels_of(drawing(), tmp_path / "plain.png")
+    assert plain.shape == (28, 28) and plain[0, 0] == 0 and plain.max() == 255 and plain[14, 8] == 255
+    assert np.array_equal(plain, pixels_of(drawing(paper=0, ink=255), tmp_path / "light on dark.png"))
+    assert np.array_equal(plain, pixels_of(drawing(paper=200, ink=60), tmp_path / "faint.png"))
+    assert np.array_equal(plain, pixels_of(drawing().convert("1"), tmp_path / "one bit.png"))
+    assert np.array_equal(plain, pixels_of(drawing().convert("P"), tmp_path / "palette.png"))
+    assert np.array_equal(plain, pixels_of(drawing().convert("RGB"), tmp_path / "colour.bmp"))
+    transparent = Image.new("RGBA", (105, 105), (0, 0, 0, 0))
+    transparent.putalpha(Image.eval(drawing(), lambda value: 255 - value))
+    assert np.array_equal(plain, pixels_of(transparent, tmp_path / "transparent.png"))
+    assert np.abs(plain - pixels_of(drawing(), tmp_path / "lossy.jpg", quality=95)).max() < 20
+
+
+def test_exif_orientation_is_followed(tmp_path: Path) -> None:
+    turned = drawing().transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    assert np.array_equal(pixels_of(drawing(), tmp_path / "a.png"), pixels_of(turned, tmp_path / "b.png", exif=exif))
+
+
+def test_oblong_pictures_are_padded_not_stretched(tmp_path: Path) -> None:
+    pixels = pixels_of(drawing((200, 50), paper=180, ink=20), tmp_path / "wide.png")
+    assert pixels[:9].max() < 5 and pixels[19:].max() < 5 and pixels[10:18].max() > 200
+
+
+def save_letters(folder: Path, names: Sequence[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        drawing(ink=number).save(folder / name)
+
+
+read = functools.partial(FewShotImages.read_image, Numbered())
+
+
+def test_folders_of_pictures(tmp_path: Path) -> None:
+    save_letters(tmp_path / "b", ["2.png", "1.png"])
+    save_letters(tmp_path / "a", ["3.png"])
+    (tmp_path / "a" / ".DS_Store").write_text("")
+    (tmp_path / ".hidden").mkdir()
+    names, x, y = folder_of_classes(tmp_path, read)
+    assert names == ["a", "b"] and x.shape == (3, 1, 4, 4) and y.tolist() == [0, 1, 1]
+    assert torch.equal(x[0], read(tmp_path / "a" / "3.png"))
+    pictures = folder_of_images(tmp_path, read)
+    assert [path.name for path in pictures.paths] == ["3.png", "1.png", "2.png"] and pictures.labels == ["a", "b", "b"]
+    alone = folder_of_images(tmp_path / "b", read)
+    assert [path.name for path in alone.paths] == ["1.png", "2.png"] and alone.labels is None
+
+
+def make_nothing(folder: Path) -> None:
+    """No folder at all."""
+
+
+def make_file(folder: Path) -> None:
+    folder.write_text("")
+
+
+def make_flat(folder: Path) -> None:
+    save_letters(folder, ["1.png"])
+
+
+def make_empty_class(folder: Path) -> None:
+    save_letters(folder / "a", ["1.png"])
+    (folder / "b").mkdir()
+
+
+def make_mixed(folder: Path) -> None:
+    save_letters(folder / "a", ["1.png"])
+    save_letters(folder, ["stray.png"])
+
+
+def make_text(folder: Path) -> None:
+    save_letters(folder / "a", ["1.png"])
+    (folder / "a" / "notes.txt").write_text("not an image")
+
+
+def make_truncated(folder: Path) -> None:
+    save_letters(folder / "a", ["1.png"])
+    path = folder / "a" / "1.png"
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def make_blank(folder: Path) -> None:
+    (folder / "a").mkdir(parents=True)
+    Image.new("L", (20, 20), 90).save(folder / "a" / "blank.png")
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (make_nothing, "there is no folder .*chars"),
+    (make_file, "chars is not a folder"),
+    (lambda folder: folder.mkdir(), "chars is empty"),
+    (make_flat, "chars holds no class folders"),
+    (make_empty_class, "class folder .*b holds no pictures"),
+    (make_mixed, "both folders and files .stray.png"),
+    (make_text, "notes.txt cannot be read as an image"),
+    (make_truncated, "1.png cannot be read as an image"),
+    (make_blank, "blank.png has one colour only"),
+    (lambda folder: (folder / "a" / "deeper").mkdir(parents=True), "deeper cannot be read as an image"),
+])
+def test_folders_that_cannot_be_used(make: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    make(tmp_path / "chars")
+    with pytest.raises(DataError, match=message):
+        folder_of_classes(tmp_path / "chars", read)
+
+
+def test_missing_picture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file .*gone\.png"):
+        read(tmp_path / "gone.png")
+
+
+# downloads
+
+CONTENT = b"all of it" * 1000
+
+
+class Files(BaseHTTPRequestHandler):
+    """Serves CONTENT at /whole, breaks off at /half, and has nothing else."""
+
+    def do_GET(self) -> None:
+        if self.path not in ("/whole", "/half"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT if self.path == "/whole" else CONTENT[:1000])
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keeps the tests' output clean."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Files) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+def test_download(server: str, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.zip"
+    download(f"{server}/whole", target, MD5)
+    assert target.read_bytes() == CONTENT and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("url", "md5", "message"), [
+    ("{server}/whole", "0" * 32, f"has the checksum {MD5} and not 0000"),
+    ("{server}/half", MD5, "broke off after 1000 of 9000 bytes"),
+    ("{server}/none", MD5, "cannot download .*404.*by hand"),
+    ("http://127.0.0.1:1/whole", MD5, "cannot download .*refused"),
+    ("nonsense", MD5, "cannot download nonsense"),
+])
+def test_download_that_fails_leaves_nothing(server: str, url: str, md5: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        download(url.format(server=server), tmp_path / "file.zip", md5)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_download_to_where_nothing_can_be_written(server: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        download(f"{server}/whole", tmp_path / "file" / "x.zip", MD5)
+
+
+# sine waves
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sinusoid(split: Split) -> None:
+    tasks = Sinusoid(shots=5, queries=7, test_queries=50)
+    for index in range(50):
+        (x, y), (query_x, query_y) = tasks.sample(stream("sine", index), split)
+        assert x.shape == y.shape == (5, 1) and query_x.shape == query_y.shape == (7 if split == "train" else 50, 1)
+        assert {tensor.dtype for tensor in (x, y, query_x, query_y)} == {torch.float32}
+        # y = a sin x + b cos x, with a = A cos(phase) and b = -A sin(phase): solved by the support, true of the query
+        basis, query_basis = torch.cat([x.sin(), x.cos()], 1), torch.cat([query_x.sin(), query_x.cos()], 1)
+        a, b = torch.linalg.lstsq(basis.double(), y.double()).solution[:, 0].tolist()
+        assert 0.1 - 1e-4 <= np.hypot(a, b) <= 5 + 1e-4 and b <= 1e-4
+        assert torch.allclose(query_basis.double() @ torch.tensor([[a], [b]]).double(), query_y.double(), atol=1e-3)
+        assert x.abs().max() <= 5
+
+
+def test_sinusoid_noise_is_on_the_support_only() -> None:
+    clean, noisy = (Sinusoid(noise=noise).sample(stream(0), "test") for noise in (0.0, 0.5))
+    assert torch.equal(clean.query_set[1], noisy.query_set[1])
+    assert 0.05 < (clean.support_set[1] - noisy.support_set[1]).std() < 1.5
