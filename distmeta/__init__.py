@@ -1,0 +1,28 @@
+"""distmeta: distributed gradient-based meta-learning on Ray and PyTorch."""
+
+from distmeta.adapt import Adapted, adapt, evaluate
+from distmeta.algorithms import MAML, MetaAlgorithm, Reptile
+from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
+from distmeta.errors import DistmetaError
+from distmeta.runs import RunFolder
+from distmeta.train import Stopped, resume, train
+
+__all__ = [
+    "MAML",
+    "Adapted",
+    "Batch",
+    "DistmetaError",
+    "Episode",
+    "MetaAlgorithm",
+    "Reptile",
+    "RunFolder",
+    "Split",
+    "Stopped",
+    "Task",
+    "TaskDistribution",
+    "TaskSpec",
+    "adapt",
+    "evaluate",
+    "resume",
+    "train",
+]

@@ -61,7 +61,11 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         content = json.dumps(checkpoint.state, sort_keys=True, allow_nan=True)
     except TypeError as error:
         raise StorageError(f"the state of the outer optimizer or its schedule cannot be saved: {error}") from error
-    sums = {"meta.safetensors": _sha256(meta), "outer.safetensors": _sha256(outer), "content": _sha256(content.encode())}
+    sums = {
+        "meta.safetensors": _sha256(meta),
+        "outer.safetensors": _sha256(outer),
+        "content": _sha256(content.encode()),
+    }
     record = json.dumps({"format": FORMAT, "sha256": sums, "content": content}, indent=1)
     try:
         if temporary.exists():
@@ -70,7 +74,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         for name, data in (("meta.safetensors", meta), ("outer.safetensors", outer), ("state.json", record.encode())):
             write_durably(temporary / name, data)
         sync_folder(temporary)
-        os.rename(temporary, final)
+        temporary.rename(final)
         sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

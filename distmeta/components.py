@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -47,8 +47,8 @@ def find(section: str, name: str, registry: Mapping[str, Callable[..., Any]]) ->
             "and your own as 'package.module:Name'"
         )
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a module beside the configuration is found as `python -m` would find it
-        sys.path.insert(0, os.getcwd())
+    if (here := str(Path.cwd())) not in sys.path:  # a module here is found as `python -m` would find it
+        sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -75,7 +75,9 @@ def schema(target: Callable[..., Any], given: Iterable[str] = ()) -> type[BaseMo
     return create_model(getattr(target, "__name__", "options"), __config__=config, **fields)
 
 
-def options_of(section: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str] = ()):
+def options_of(
+    section: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str] = ()
+) -> dict[str, Any]:
     """``options`` checked against the signature of ``target`` and completed with its defaults.
 
     Raises:

@@ -81,15 +81,19 @@ def better(evaluation: Evaluation, than: float | None) -> bool:
 def describe(evaluation: Evaluation) -> str:
     """One line for people."""
 
-    def show(value: dict[str, float]) -> str:
-        if evaluation["metric"] == "accuracy":
-            return f"{100 * value['mean']:.2f}% ± {100 * value['ci95']:.2f}"
-        return f"{value['mean']:.4f} ± {value['ci95']:.4f}"
-
-    steps = len(evaluation["by_inner_step"][evaluation["metric"]]) - 1
-    line = f"{evaluation['metric']} {show(evaluation['before'])} before, {show(evaluation['after'])} after {steps} inner steps"
+    metric = evaluation["metric"]
+    steps = len(evaluation["by_inner_step"][metric]) - 1
+    line = f"{metric} {show(metric, evaluation['before'])} before, {show(metric, evaluation['after'])} after "
+    line += f"{steps} inner step{'s' if steps != 1 else ''}"
     if evaluation["transductive"]:
-        line += " (transductive: query batch statistics)"
+        line += " (transductive)"
     if "inductive" in evaluation:
-        line += f"; {show(evaluation['inductive'])} inductive"
+        line += f", {show(metric, evaluation['inductive'])} (inductive)"
     return line
+
+
+def show(metric: str, value: dict[str, float]) -> str:
+    """A mean and its interval for people: accuracies in percent."""
+    if metric == "accuracy":
+        return f"{100 * value['mean']:.2f}% ± {100 * value['ci95']:.2f}"
+    return f"{value['mean']:.4f} ± {value['ci95']:.4f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,8 +60,11 @@ def assemble(
     loss: Criterion | None = None,
     tasks: TaskDistribution | None = None,
     algorithm: MetaAlgorithm | None = None,
+    prepare: bool = True,
 ) -> Experiment:
     """Builds what ``config`` names; an object that is given takes the place of its section.
+
+    Without ``prepare`` the data are not read, downloaded or checked: no task can be sampled.
 
     Raises:
         ConfigError: A part is unknown, refuses its options or does not fit the others.
@@ -72,26 +75,19 @@ def assemble(
     if loss is not None:
         marks["loss"] = _mark(loss)
     config = complete(config.model_copy(update=marks))
-    if tasks is None:
-        tasks = build_part(config, "tasks", data_root=config.data_root)
+    tasks = build_part(config, "tasks", data_root=config.data_root) if tasks is None else tasks
     if not callable(getattr(tasks, "sample", None)):
         raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
-    prepare = getattr(tasks, "prepare", None)
-    if callable(prepare):
-        prepare()
+    if prepare and hasattr(tasks, "prepare"):
+        tasks.prepare()  # pyright: ignore[reportAttributeAccessIssue]  # optional, so not of the protocol
     spec = getattr(tasks, "spec", None)
-    if algorithm is None:
-        algorithm = build_part(config, "algorithm")
-    if loss is None:
-        loss = _criterion(config.loss, spec)
-    if model is None:
-        model = _model(config, spec)
-    module_loss = ModuleLoss(model, loss)
-    initial = join(algorithm.init(module_loss.init()))
+    chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
+    module_loss = ModuleLoss(model or _model(config, spec), loss or _criterion(config.loss, spec))
+    initial = join(chosen.init(module_loss.init()))
     problem = Problem(
-        algorithm=algorithm,
+        algorithm=chosen,
         loss=module_loss,
-        tasks=tasks,
+        tasks=cast(TaskDistribution, tasks),
         layout=Layout.of(initial),
         seed=config.seed,
         strategy=config.train.strategy,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,11 @@ from typing import Any
 import yaml
 
 from distmeta import checkpoint
-from distmeta.config import Config, read_yaml, validate
-from distmeta.errors import CheckpointError, RunError, StorageError
+from distmeta.config import Config, load, read_yaml
+from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
+
+MAY_CHANGE = ("scaling.", "evaluation.", "checkpoint.", "validation.", "train.steps=", "train.log_every=", "data_root=")
+"""Keys of an existing run that may be changed when it is resumed or evaluated."""
 
 
 class RunFolder:
@@ -42,8 +44,7 @@ class RunFolder:
         config = config.model_copy(update={"run_dir": str(path)})
         with storage_errors(path):
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            checkpoint.write_durably(path / "config.yaml", text.encode())
+        folder.write_config(config)
         return folder
 
     @classmethod
@@ -68,9 +69,24 @@ class RunFolder:
         """The file of metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
-    def config(self) -> Config:
-        """The run's complete configuration."""
-        return validate(read_yaml(self.path / "config.yaml"))
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The run's complete configuration, with ``overrides`` of keys that do not make it another run.
+
+        Raises:
+            ConfigError: An override is of a key that the result so far depends on.
+        """
+        for override in overrides:
+            if not override.startswith(MAY_CHANGE):
+                raise ConfigError(
+                    f"{override!r} would make this another run; of an existing one only {', '.join(MAY_CHANGE)} may "
+                    "be changed: start a new run for the rest"
+                )
+        return load(read_yaml(self.path / "config.yaml"), overrides)
+
+    def write_config(self, config: Config) -> None:
+        """Replaces ``config.yaml``."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        self._replace("config.yaml", text)
 
     def checkpoint(self, which: str = "last") -> checkpoint.Checkpoint:
         """The checkpoint called ``last``, ``best`` (by validation; the last one without it) or by its step.
@@ -97,33 +113,47 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """The final metrics; empty while the run is not finished."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}); `distmeta resume` writes it again") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replaces ``summary.json``."""
-        with storage_errors(self.path):
-            temporary = self.path / ".summary.json"
-            checkpoint.write_durably(temporary, json.dumps(summary, indent=2).encode())
-            os.replace(temporary, self.path / "summary.json")
+        self._replace("summary.json", json.dumps(summary, indent=2))
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last one that was cut off while it was written is left out."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        records: list[dict[str, Any]] = []
+        with self.metrics.open(errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith("\n"):
+                    break
+                try:
+                    records.append(json.loads(line))
+                except ValueError as error:
+                    raise RunError(
+                        f"line {number} of {self.metrics} is damaged ({error}); delete that line to go on"
+                    ) from error
+        return records
 
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps after ``step``, which a resumed run computes again."""
         if self.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-            temporary = self.path / ".metrics.jsonl"
-            with storage_errors(self.path):
-                checkpoint.write_durably(temporary, "".join(kept).encode())
-                os.replace(temporary, self.metrics)
+            self._replace(self.metrics.name, "".join(kept))
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file of the folder whole, or leaves the one before."""
+        temporary = self.path / f".writing-{name}"
+        with storage_errors(self.path / name):
+            checkpoint.write_durably(temporary, text.encode())
+            temporary.replace(self.path / name)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Generator[None]:
         """Holds the run against a second process.
 
         Raises:
@@ -138,7 +168,7 @@ class RunFolder:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Generator[None]:
     """Turns an ``OSError`` into a `StorageError` that names ``path``."""
     try:
         yield

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from torch import nn
@@ -23,12 +22,20 @@ from distmeta.core.types import TaskDistribution
 from distmeta.distributed.executor import Executor, InProcess, reduce_mean
 from distmeta.distributed.work import Problem, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError
-from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, gather, nearest_neighbour
+from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, gather, nearest_neighbour, show
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
 from distmeta.metrics import MetricsLog
 from distmeta.outer import OuterLoop
 from distmeta.progress import Progress
 from distmeta.runs import RunFolder
+
+
+class Best(TypedDict):
+    """Where validation was best so far."""
+
+    step: int
+    metric: str
+    value: float
 
 
 class Stopped(Exception):
@@ -77,19 +84,18 @@ def train(
 
 def resume(
     path: str | Path,
-    *,
+    *overrides: str,
     model: nn.Module | None = None,
     loss: Criterion | None = None,
     tasks: TaskDistribution | None = None,
     algorithm: MetaAlgorithm | None = None,
-    scaling: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Goes on with an interrupted run, to the bit as if it had not been interrupted.
 
     Args:
         path: The folder of the run.
+        overrides: ``"key.subkey=value"`` strings of keys that may change, such as ``scaling.num_workers=8``.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
-        scaling: Settings of the section ``scaling`` that are to change, for example ``{"num_workers": 8}``.
 
     Raises:
         DistmetaError: See `distmeta.errors`.
@@ -97,17 +103,15 @@ def resume(
     """
     run = RunFolder.open(path)
     with run.lock():
-        config = run.config()
-        if scaling:
-            data = config.model_dump(mode="json")
-            config = load(data | {"scaling": data["scaling"] | dict(scaling)})
+        config = run.config(overrides)
         experiment = assemble(config, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
+        run.write_config(experiment.config)
         _train(run, experiment)
     return run
 
 
 @contextmanager
-def executor_of(config: Config, problem: Problem, most: int) -> Iterator[Executor]:
+def executor_of(config: Config, problem: Problem, most: int) -> Generator[Executor]:
     """Those who compute shards, as the section ``scaling`` says."""
     if config.scaling.num_workers == 0:
         with InProcess(problem) as executor:
@@ -123,7 +127,7 @@ def _train(run: RunFolder, experiment: Experiment) -> None:
     config, problem = experiment.config, experiment.problem
     outer = OuterLoop(config.outer, experiment.initial, problem.layout)
     initial = outer.vector()
-    best: dict[str, Any] | None = None
+    best: Best | None = None
     if checkpoint.steps(run.checkpoints):
         saved = run.checkpoint("last")
         outer.restore(saved.params, saved.tensors, saved.state["outer"])
@@ -145,8 +149,8 @@ def _train(run: RunFolder, experiment: Experiment) -> None:
     run.write_summary(summary)
     from distmeta.report import report  # matplotlib takes a second to load
 
-    progress.say(f"run folder {run.path}")
-    progress.say(f"pictures   {report([run])}")
+    page = report([run], experiment=experiment)
+    progress.say(f"run      {run.path}\npictures {page}")
 
 
 def _outer_loop(
@@ -154,11 +158,11 @@ def _outer_loop(
     experiment: Experiment,
     outer: OuterLoop,
     executor: Executor,
-    best: dict[str, Any] | None,
+    best: Best | None,
     progress: Progress,
     log: MetricsLog,
     stop: StopSignal,
-) -> dict[str, Any] | None:
+) -> Best | None:
     """Trains up to the last step; returns where validation was best."""
     config, problem = experiment.config, experiment.problem
     settings = config.train
@@ -173,7 +177,7 @@ def _outer_loop(
         params = {name: parameter.data for name, parameter in outer.params.items()}
         state = {"outer": plain, "best": best, "seed": config.seed}
         checkpoint.save(run.checkpoints, outer.step, checkpoint.Checkpoint(params, tensors, state))
-        checkpoint.prune(run.checkpoints, config.checkpoint.keep_last, best and best["step"])
+        checkpoint.prune(run.checkpoints, config.checkpoint.keep_last, best["step"] if best else None)
 
     while outer.step < settings.steps and not stop.requested:
         step, clock = outer.step, Clock()
@@ -190,10 +194,11 @@ def _outer_loop(
         clock.lap("outer")
         means = {name: float(np.mean(values)) for name, values in gather(results).items()}
         final = outer.step == settings.steps
-        if outer.step % config.validation.every == 0 if config.validation.every else False:
+        if config.validation.every and outer.step % config.validation.every == 0:
             best = _validate(config, problem, outer, executor, best, progress, log)
             clock.lap("validation")
-        if outer.step % config.checkpoint.every == 0 or final or stop.requested:
+        is_best = best is not None and best["step"] == outer.step
+        if outer.step % config.checkpoint.every == 0 or is_best or final or stop.requested:
             save()
             clock.lap("checkpoint")
         for part in ("sample", "adapt"):
@@ -210,16 +215,16 @@ def _validate(
     problem: Problem,
     outer: OuterLoop,
     executor: Executor,
-    best: dict[str, Any] | None,
+    best: Best | None,
     progress: Progress,
     log: MetricsLog,
-) -> dict[str, Any] | None:
+) -> Best | None:
     result = evaluate_tasks(
         executor, problem, outer.vector(), "val", config.validation.tasks, config.evaluation.shard_size
     )
     log.validation(outer.step, result)
     progress.say(f"step {outer.step}: validation {describe(result)}")
-    if better(result, best and best["value"]):
+    if better(result, best["value"] if best else None):
         return {"step": outer.step, "metric": result["metric"], "value": result["after"]["mean"]}
     return best
 
@@ -258,9 +263,7 @@ def _summarise(
         neighbour = nearest_neighbour(executor, problem, vector, "test", tasks, shard_size)
         if neighbour is not None:
             summary["nearest_neighbour"] = neighbour
-            progress.say(
-                f"  nearest neighbour   accuracy {100 * neighbour['mean']:.2f}% ± {100 * neighbour['ci95']:.2f} on raw inputs"
-            )
+            progress.say(f"  nearest neighbour   accuracy {show('accuracy', neighbour)} on raw inputs")
     return summary
 
 

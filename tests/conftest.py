@@ -41,3 +41,13 @@ def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def omniglot_lists() -> Path:
     """The folder of the published lists of the split of Vinyals et al."""
     return _real_data() / "omniglot" / "splits"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(_own_folders: None) -> Iterator[None]:
+    """One local Ray cluster for the whole session; pools that find it running join it."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning", namespace="distmeta")
+    yield
+    ray.shutdown()

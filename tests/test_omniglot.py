@@ -165,21 +165,34 @@ def bad_block(archive: Path) -> None:
     archive.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (not_a_zip, r"images_evaluation\.zip cannot be read as a zip archive"),
-    (cut_short, r"images_evaluation\.zip cannot be read as a zip archive"),
-    (bad_block, r"character01/0965_01\.png in .*images_evaluation\.zip cannot be unpacked"),
-    (partial(rewrite, change=lambda name, data: None if "character02" in name else data),
-     r"images_evaluation\.zip holds 1 characters instead of 2: delete it"),
-    (partial(rewrite, change=lambda name, data: None if name.endswith(LAST) else data),
-     r"images_evaluation\.zip holds 19 drawings of Angelic/character01 instead of 20"),
-    (partial(rewrite, change=lambda name, data: b"GIF" if name.endswith(LAST) else data),
-     r"0965_20\.png in .*images_evaluation\.zip cannot be read as an image"),
-    (partial(rewrite, change=lambda name, data: data[:-40] if name.endswith(LAST) else data),
-     r"0965_20\.png in .*images_evaluation\.zip cannot be read as an image"),
-    (partial(rewrite, change=lambda name, data: bytes(10**7) if name.endswith(LAST) else data),
-     r"0965_20\.png in .*images_evaluation\.zip has 10000000 bytes, more than any drawing"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (not_a_zip, r"images_evaluation\.zip cannot be read as a zip archive"),
+        (cut_short, r"images_evaluation\.zip cannot be read as a zip archive"),
+        (bad_block, r"character01/0965_01\.png in .*images_evaluation\.zip cannot be unpacked"),
+        (
+            partial(rewrite, change=lambda name, data: None if "character02" in name else data),
+            r"images_evaluation\.zip holds 1 characters instead of 2: delete it",
+        ),
+        (
+            partial(rewrite, change=lambda name, data: None if name.endswith(LAST) else data),
+            r"images_evaluation\.zip holds 19 drawings of Angelic/character01 instead of 20",
+        ),
+        (
+            partial(rewrite, change=lambda name, data: b"GIF" if name.endswith(LAST) else data),
+            r"0965_20\.png in .*images_evaluation\.zip cannot be read as an image",
+        ),
+        (
+            partial(rewrite, change=lambda name, data: data[:-40] if name.endswith(LAST) else data),
+            r"0965_20\.png in .*images_evaluation\.zip cannot be read as an image",
+        ),
+        (
+            partial(rewrite, change=lambda name, data: bytes(10**7) if name.endswith(LAST) else data),
+            r"0965_20\.png in .*images_evaluation\.zip has 10000000 bytes, more than any drawing",
+        ),
+    ],
+)
 def test_broken_archives(small: Path, damage: Callable[[Path], None], message: str) -> None:
     Omniglot(data_root=str(small)).build()
     damage(small / "omniglot-py" / "images_evaluation.zip")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -121,8 +121,9 @@ def test_support_is_in_random_order_and_all_is_drawn() -> None:
     tasks = Numbered(ways=4, shots=2, queries=1)
     episodes = [tasks.sample(stream("order", index), "val") for index in range(200)]
     assert len({tuple(episode.support_set[1].tolist()) for episode in episodes}) > 100
-    seen = {who[:2] for episode in episodes for x in (episode.support_set[0], episode.query_set[0])
-            for who in identities(x)}
+    seen = {
+        who[:2] for episode in episodes for x in (episode.support_set[0], episode.query_set[0]) for who in identities(x)
+    }
     assert len(seen) == sum(COUNTS[number % 3] for number in range(1, CLASSES, 3))
 
 
@@ -189,10 +190,12 @@ def lose_all(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", [
-    truncate, flip_a_bit, empty_array, break_index, foreign_index, lose_index, lose_all])
-def test_damaged_cache_is_built_anew(damage: Callable[[Path], None], tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_bit, empty_array, break_index, foreign_index, lose_index, lose_all]
+)
+def test_damaged_cache_is_built_anew(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DISTMETA_CACHE", str(tmp_path))
     tasks = Numbered(queries=3)
     tasks.prepare()
@@ -247,31 +250,42 @@ def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
 # mistakes
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: Numbered(ways=1), r"tasks.ways is 1; it must be 2 or more"),
-    (lambda: Numbered(shots=0), r"tasks.shots is 0; it must be 1 or more"),
-    (lambda: Numbered(queries=-1), r"tasks.queries is -1"),
-    (lambda: Numbered(train_shots=0), r"tasks.train_shots is 0"),
-    (lambda: Numbered(train_queries=0), r"tasks.train_queries is 0"),
-    (lambda: Sinusoid(shots=0), r"tasks.shots is 0"),
-    (lambda: Sinusoid(test_queries=0), r"tasks.test_queries is 0"),
-    (lambda: Sinusoid(noise=-0.1), r"tasks.noise is -0.1"),
-    (lambda: Sinusoid(noise=float("nan")), r"tasks.noise is nan"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Numbered(ways=1), r"tasks.ways is 1; it must be 2 or more"),
+        (lambda: Numbered(shots=0), r"tasks.shots is 0; it must be 1 or more"),
+        (lambda: Numbered(queries=-1), r"tasks.queries is -1"),
+        (lambda: Numbered(train_shots=0), r"tasks.train_shots is 0"),
+        (lambda: Numbered(train_queries=0), r"tasks.train_queries is 0"),
+        (lambda: Sinusoid(shots=0), r"tasks.shots is 0"),
+        (lambda: Sinusoid(test_queries=0), r"tasks.test_queries is 0"),
+        (lambda: Sinusoid(noise=-0.1), r"tasks.noise is -0.1"),
+        (lambda: Sinusoid(noise=float("nan")), r"tasks.noise is nan"),
+    ],
+)
 def test_settings_out_of_range(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-@pytest.mark.parametrize(("tasks", "message"), [
-    (Numbered(ways=9, queries=1), "the train split of numbered has 8 classes, fewer than the 9 ways of a task: lower "
-                                  "tasks.ways"),
-    (Numbered(ways=33, queries=1, rotations=True), r"32 classes \(rotations counted\), fewer than the 33 ways"),
-    (Numbered(queries=6), r"class class0 of numbered \(train\) has 6 examples, fewer than 1 shots \+ 6 queries: lower "
-                          r"tasks.shots or tasks.queries"),
-    (Numbered(queries=1, train_shots=6), r"fewer than 6 shots \+ 1 queries: lower tasks.train_shots"),
-    (Numbered(queries=8, train_queries=2), r"class class1 of numbered \(val\) has 7 examples"),
-])
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (
+            Numbered(ways=9, queries=1),
+            "the train split of numbered has 8 classes, fewer than the 9 ways of a task: lower tasks.ways",
+        ),
+        (Numbered(ways=33, queries=1, rotations=True), r"32 classes \(rotations counted\), fewer than the 33 ways"),
+        (
+            Numbered(queries=6),
+            r"class class0 of numbered \(train\) has 6 examples, fewer than 1 shots \+ 6 queries: lower "
+            r"tasks.shots or tasks.queries",
+        ),
+        (Numbered(queries=1, train_shots=6), r"fewer than 6 shots \+ 1 queries: lower tasks.train_shots"),
+        (Numbered(queries=8, train_queries=2), r"class class1 of numbered \(val\) has 7 examples"),
+    ],
+)
 def test_too_little_data(tasks: Numbered, message: str) -> None:
     with pytest.raises(DataError, match=message):
         tasks.prepare()
@@ -292,7 +306,7 @@ def drawing(size: tuple[int, int] = (105, 105), paper: int = 255, ink: int = 0) 
     return picture
 
 
-def pixels_of(picture: Image.Image, path: Path, **options: object) -> NDArray[np.int64]:
+def pixels_of(picture: Image.Image, path: Path, **options: Any) -> NDArray[np.int64]:
     picture.save(path, **options)
     return character_pixels(path, 28).astype(int)
 
@@ -384,18 +398,21 @@ def make_blank(folder: Path) -> None:
     Image.new("L", (20, 20), 90).save(folder / "a" / "blank.png")
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (make_nothing, "there is no folder .*chars"),
-    (make_file, "chars is not a folder"),
-    (lambda folder: folder.mkdir(), "chars is empty"),
-    (make_flat, "chars holds no class folders"),
-    (make_empty_class, "class folder .*b holds no pictures"),
-    (make_mixed, "both folders and files .stray.png"),
-    (make_text, "notes.txt cannot be read as an image"),
-    (make_truncated, "1.png cannot be read as an image"),
-    (make_blank, "blank.png has one colour only"),
-    (lambda folder: (folder / "a" / "deeper").mkdir(parents=True), "deeper cannot be read as an image"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_nothing, "there is no folder .*chars"),
+        (make_file, "chars is not a folder"),
+        (lambda folder: folder.mkdir(), "chars is empty"),
+        (make_flat, "chars holds no class folders"),
+        (make_empty_class, "class folder .*b holds no pictures"),
+        (make_mixed, "both folders and files .stray.png"),
+        (make_text, "notes.txt cannot be read as an image"),
+        (make_truncated, "1.png cannot be read as an image"),
+        (make_blank, "blank.png has one colour only"),
+        (lambda folder: (folder / "a" / "deeper").mkdir(parents=True), "deeper cannot be read as an image"),
+    ],
+)
 def test_folders_that_cannot_be_used(make: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     make(tmp_path / "chars")
     with pytest.raises(DataError, match=message):
@@ -447,13 +464,16 @@ def test_download(server: str, tmp_path: Path) -> None:
     assert target.read_bytes() == CONTENT and list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize(("url", "md5", "message"), [
-    ("{server}/whole", "0" * 32, f"has the checksum {MD5} and not 0000"),
-    ("{server}/half", MD5, "broke off after 1000 of 9000 bytes"),
-    ("{server}/none", MD5, "cannot download .*404.*by hand"),
-    ("http://127.0.0.1:1/whole", MD5, "cannot download .*refused"),
-    ("nonsense", MD5, "cannot download nonsense"),
-])
+@pytest.mark.parametrize(
+    ("url", "md5", "message"),
+    [
+        ("{server}/whole", "0" * 32, f"has the checksum {MD5} and not 0000"),
+        ("{server}/half", MD5, "broke off after 1000 of 9000 bytes"),
+        ("{server}/none", MD5, "cannot download .*404.*by hand"),
+        ("http://127.0.0.1:1/whole", MD5, "cannot download .*refused"),
+        ("nonsense", MD5, "cannot download nonsense"),
+    ],
+)
 def test_download_that_fails_leaves_nothing(server: str, url: str, md5: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message) as caught:
         download(url.format(server=server), tmp_path / "file.zip", md5)

@@ -8,7 +8,7 @@ batch-norm has wrong second derivatives in torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -21,7 +21,7 @@ _transforms: ContextVar[bool] = ContextVar("transforms", default=False)
 
 
 @contextmanager
-def function_transforms() -> Iterator[None]:
+def function_transforms() -> Generator[None]:
     """Within this context `grad_and_value` uses ``torch.func``, so that it may run under ``vmap``."""
     token = _transforms.set(True)
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def check_module(module: nn.Module) -> None:
     Raises:
         ConfigError: A normalisation layer keeps running statistics.
     """
-    for name, layer in module.named_modules():
+    for name, layer in cast(Iterable[tuple[str, nn.Module]], module.named_modules()):
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             raise ConfigError(
                 f"layer {name or '(the model)'} ({type(layer).__name__}) keeps running statistics, which an inner loop "

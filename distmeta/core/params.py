@@ -12,6 +12,7 @@ from math import prod
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distmeta.core.types import MetaParams, Params
 from distmeta.errors import ConfigError
@@ -74,7 +75,7 @@ class Layout:
         flat = torch.tensor(vector)
         if flat.dtype != self.dtype or flat.shape != (self.size,):
             raise ValueError(f"a vector of {self.size} {self.dtype} expected, {tuple(flat.shape)} {flat.dtype} given")
-        pieces = flat.to(device).split([prod(shape) for shape in self.shapes])
+        pieces: tuple[Tensor, ...] = torch.split(flat.to(device), [prod(shape) for shape in self.shapes])
         return {
             name: piece.reshape(shape).clone()
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import (
     AuthenticationError,
     ObjectLostError,
@@ -39,17 +40,17 @@ class _Worker:
     """The actor: computes the shards that it is sent, and builds tasks ahead."""
 
     def __init__(self, problem: Problem) -> None:
-        logging.getLogger("distmeta").setLevel(logging.WARNING)
-        if problem.device == "cuda":
-            import torch
-
-            if not torch.cuda.is_available():
-                raise ResourceError("scaling.use_gpu is on, but torch sees no GPU in a worker")
         self.problem = problem
         self.ahead: dict[Shard, list[Task]] = {}
 
     def ready(self) -> int:
-        """The process of this worker, once it can work."""
+        """The process of this worker, once it can work.
+
+        Raises:
+            ResourceError: There is no GPU where one is asked for.
+        """
+        if self.problem.device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("scaling.use_gpu is on, but torch sees no GPU in a worker")
         return os.getpid()
 
     def prepare(self, shards: Sequence[Shard]) -> None:
@@ -84,11 +85,12 @@ class RayPool:
             self._check_resources()
             self._problem = ray.put(problem)
             gpus = scaling.gpus_per_worker if scaling.use_gpu else 0
-            self._actor = ray.remote(_Worker).options(
+            self._actor: Any = ray.remote(_Worker).options(
                 num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_restarts=0, max_task_retries=0
             )
             self._starting: dict[ray.ObjectRef, Any] = {}
             self._workers: dict[Any, int] = {}
+            self._stillborn = 0
             for _ in range(self.size):
                 self._add_worker()
             self._wait_for_first()
@@ -120,7 +122,7 @@ class RayPool:
             )
 
     def _add_worker(self) -> None:
-        worker = self._actor.remote(self._problem)
+        worker: Any = self._actor.remote(self._problem)
         self._starting[worker.ready.remote()] = worker
 
     def _wait_for_first(self) -> None:
@@ -133,6 +135,8 @@ class RayPool:
                 "Another job may hold the rest; scaling.start_timeout waits longer"
             )
         self._admit(ready)
+        while not self._workers:
+            self._admit(ray.wait(list(self._starting))[0])
 
     def _admit(self, ready: Sequence[ray.ObjectRef]) -> None:
         """Takes workers that have started into service."""
@@ -140,10 +144,14 @@ class RayPool:
             worker = self._starting.pop(ref)
             try:
                 self._workers[worker] = ray.get(ref)
+            except RayTaskError as error:
+                raise _unwrap(error) from None
             except RayActorError as error:
-                if isinstance(error.cause if hasattr(error, "cause") else None, DistmetaError):
-                    raise error.cause from None
-                raise WorkerError(f"a worker died while starting: {_one_line(error)}") from error
+                self._stillborn += 1
+                if self._stillborn >= TRIES:
+                    raise WorkerError(f"{TRIES} workers died while starting: {_one_line(error)}") from error
+                log.warning("a worker died while starting (%s): another one is started", _one_line(error))
+                self._add_worker()
 
     def map(
         self, work: Work, vector: np.ndarray, shards: Sequence[Shard], upcoming: Sequence[Shard] = ()
@@ -198,8 +206,8 @@ class RayPool:
         if tries >= TRIES:
             raise WorkerError(
                 f"tasks {shard.first}-{shard.first + shard.count - 1} of step {shard.step} (split {shard.split}) have "
-                f"lost {tries} workers in a row: {_one_line(error)}. They may need more memory than a worker has; lower "
-                "train.shard_size or the size of a task"
+                f"lost {tries} workers in a row: {_one_line(error)}. They may need more memory than a worker has; "
+                "lower train.shard_size or the size of a task"
             ) from error
 
     def close(self) -> None:

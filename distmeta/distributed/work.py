@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -57,7 +57,7 @@ class ShardResult(NamedTuple):
 
 
 @contextmanager
-def reproducible(threads: int, seed: int) -> Iterator[None]:
+def reproducible(threads: int, seed: int) -> Generator[None]:
     """Within this context torch computes with ``threads`` threads and deterministic kernels.
 
     The state of the global generator, which dropout uses, is set from ``seed`` and restored at the end.

@@ -8,5 +8,6 @@ from typing import Any
 
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.omniglot import Omniglot
+from distmeta.tasks.sinusoid import Sinusoid
 
-TASKS: dict[str, Callable[..., Any]] = {"glyphs": Glyphs, "omniglot": Omniglot}
+TASKS: dict[str, Callable[..., Any]] = {"glyphs": Glyphs, "omniglot": Omniglot, "sinusoid": Sinusoid}

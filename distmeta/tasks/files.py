@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import os
 import secrets
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,13 +82,17 @@ def download(url: str, path: Path, md5: str) -> None:
                     except OSError as error:  # a full disk is not to be mistaken for a network failure
                         raise _cannot_write(path, error) from error
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not an address at all
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
             raise DataError(f"cannot download {url}: {error}; {by_hand}") from error
         if promised is not None and size != int(promised):
-            raise DataError(f"the download of {url} broke off after {size} of {promised} bytes: try again, or "
-                            f"{by_hand}")
+            raise DataError(
+                f"the download of {url} broke off after {size} of {promised} bytes: try again, or {by_hand}"
+            )
         if digest.hexdigest() != md5:
-            raise DataError(f"{url} has the checksum {digest.hexdigest()} and not {md5}: it is not the file expected; "
-                            f"{by_hand}")
+            raise DataError(
+                f"{url} has the checksum {digest.hexdigest()} and not {md5}: it is not the file expected; {by_hand}"
+            )
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:

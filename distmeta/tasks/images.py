@@ -70,8 +70,9 @@ class ImageSet(NamedTuple):
             _save(stem, build())
             found = _open(stem)
         if found is None:
-            raise StorageError(f"{stem}.npy cannot be read back as it was written; set DISTMETA_CACHE to a folder on a "
-                               f"sound disk")
+            raise StorageError(
+                f"{stem}.npy cannot be read back as it was written; set DISTMETA_CACHE to a folder on a sound disk"
+            )
         return found
 
 
@@ -127,12 +128,15 @@ class FewShotImages(ABC):
     ways: Annotated[int, "Classes in each task (N)."] = 5
     shots: Annotated[int, "Support examples of each class (K)."] = 1
     queries: Annotated[int, "Query examples of each class (Q)."] = 15
-    train_shots: Annotated[int | None, "Support examples of each class in meta-training, where they are to differ "
-                                       "(Reptile); null: as shots."] = None
+    train_shots: Annotated[
+        int | None,
+        "Support examples of each class in meta-training, where they are to differ (Reptile); null: as shots.",
+    ] = None
     train_queries: Annotated[int | None, "Query examples of each class in meta-training; null: as queries."] = None
     rotations: Annotated[bool, "Whether a class turned by 90, 180 or 270 degrees counts as another class."] = False
-    data_root: Annotated[str | None, "Folder of the data sets; null: $DISTMETA_DATA, else "
-                                     "~/.cache/distmeta/data."] = None
+    data_root: Annotated[str | None, "Folder of the data sets; null: $DISTMETA_DATA, else ~/.cache/distmeta/data."] = (
+        None
+    )
 
     name: ClassVar[str]
     """The data set, as the cache's files are named."""
@@ -200,19 +204,24 @@ class FewShotImages(ABC):
     def _classes(self) -> dict[Split, NDArray[np.int64]]:
         """The classes of each split, checked."""
         classes: dict[Split, NDArray[np.int64]] = {
-            split: self.split_classes(self.images.names, split) for split in SPLITS}
+            split: self.split_classes(self.images.names, split) for split in SPLITS
+        }
         for split, members in classes.items():
             shots, queries = self._sizes(split)
             available, turns = len(members) * self._turns, " (rotations counted)" if self.rotations else ""
             if available < self.ways:
-                raise DataError(f"the {split} split of {self.name} has {available} classes{turns}, fewer than the "
-                                f"{self.ways} ways of a task: lower tasks.ways")
+                raise DataError(
+                    f"the {split} split of {self.name} has {available} classes{turns}, fewer than the "
+                    f"{self.ways} ways of a task: lower tasks.ways"
+                )
             smallest = members[np.argmin(self.images.counts[members])]
             if self.images.counts[smallest] < shots + queries:
                 prefix = "train_" if split == "train" and (self.train_shots or self.train_queries) else ""
-                raise DataError(f"class {self.images.names[smallest]} of {self.name} ({split}) has "
-                                f"{self.images.counts[smallest]} examples, fewer than {shots} shots + {queries} "
-                                f"queries: lower tasks.{prefix}shots or tasks.{prefix}queries")
+                raise DataError(
+                    f"class {self.images.names[smallest]} of {self.name} ({split}) has "
+                    f"{self.images.counts[smallest]} examples, fewer than {shots} shots + {queries} "
+                    f"queries: lower tasks.{prefix}shots or tasks.{prefix}queries"
+                )
         return classes
 
     @property
@@ -244,7 +253,7 @@ class FewShotImages(ABC):
         counts = self.images.counts[classes]
         order = rng.random((self.ways, int(counts.max())))
         order[np.arange(order.shape[1]) >= counts[:, None]] = np.inf
-        examples = np.argsort(order, axis=1, kind="stable")[:, :shots + queries]
+        examples = np.argsort(order, axis=1, kind="stable")[:, : shots + queries]
         block = self.images.pixels[self.images.starts[classes][:, None] + examples]
         for turn in range(1, self._turns):
             chosen = turns == turn
@@ -253,7 +262,8 @@ class FewShotImages(ABC):
         shuffled = rng.permutation(self.ways * shots)
         return Episode(
             (to_floats(_flat(block[:, :shots])[shuffled]), torch.from_numpy(labels.repeat(shots)[shuffled])),
-            (to_floats(_flat(block[:, shots:])), torch.from_numpy(labels.repeat(queries))))
+            (to_floats(_flat(block[:, shots:])), torch.from_numpy(labels.repeat(queries))),
+        )
 
     def read_image(self, path: Path) -> Tensor:
         """A user's own picture, prepared just as the images of the data set: float32 [C, H, W] from 0 to 1.
@@ -300,8 +310,9 @@ def character_pixels(source: Path | bytes, size: int, label: str | None = None) 
     """Reads a written character as the data sets of characters show it: uint8 [size, size], ink 255 on paper 0.
 
     Transparency is laid on white. The paper is the median grey, the ink whatever lies furthest from it, so dark on
-    light and light on dark come out alike. The picture is padded with paper to a square and resized with Pillow's antialiased
-    Lanczos filter. A drawing should fill its frame with strokes about as wide as a fortieth of it, as Omniglot's are.
+    light and light on dark come out alike. The picture is padded with paper to a square and resized with Pillow's
+    antialiased Lanczos filter. A drawing should fill its frame, with strokes about as wide as a fortieth of it, as
+    Omniglot's are.
 
     Args:
         source: a file, or the bytes of one.
@@ -327,7 +338,7 @@ def character_pixels(source: Path | bytes, size: int, label: str | None = None) 
         square = Image.new("L", (side, side), 0)
         square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
         ink = square
-    return np.asarray(ink.resize((size, size), Image.Resampling.LANCZOS))
+    return np.array(ink.resize((size, size), Image.Resampling.LANCZOS))
 
 
 # folders of pictures
@@ -367,16 +378,19 @@ def folder_of_images(folder: Path, reader: Callable[[Path], Tensor]) -> Pictures
         raise DataError(f"{folder} is empty: it should hold pictures, or one folder of pictures for each class")
     if classes and len(classes) < len(entries):
         stray = next(entry for entry in entries if not entry.is_dir())
-        raise DataError(f"{folder} holds both folders and files ({stray.name}): put every picture in a class's folder, "
-                        f"or all of them beside each other")
+        raise DataError(
+            f"{folder} holds both folders and files ({stray.name}): put every picture in a class's folder, "
+            f"or all of them beside each other"
+        )
     paths: list[Path] = []
     for place in classes or [folder]:
         found = _entries(place)
         if not found:
             raise DataError(f"the class folder {place} holds no pictures")
         paths += found
-    return Pictures(paths, torch.stack([reader(path) for path in paths]),
-                    [path.parent.name for path in paths] if classes else None)
+    return Pictures(
+        paths, torch.stack([reader(path) for path in paths]), [path.parent.name for path in paths] if classes else None
+    )
 
 
 def folder_of_classes(folder: Path, reader: Callable[[Path], Tensor]) -> tuple[list[str], Tensor, Tensor]:

@@ -41,9 +41,22 @@ PARTS = {
 # Snell et al., "Prototypical networks for few-shot learning", NeurIPS 2017 (github.com/jakesnell/prototypical-networks)
 # have it: 172 characters for validation and 423 for testing by alphabets, the last being the last four of Gurmukhi.
 _VINYALS_VAL = frozenset({"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"})
-_VINYALS_TEST = frozenset({
-    "Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya", "Sylheti",
-    "Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"})
+_VINYALS_TEST = frozenset(
+    {
+        "Kannada",
+        "Keble",
+        "Malayalam",
+        "Manipuri",
+        "Mongolian",
+        "Old_Church_Slavonic_(Cyrillic)",
+        "Oriya",
+        "Sylheti",
+        "Syriac_(Serto)",
+        "Tengwar",
+        "Tibetan",
+        "ULOG",
+    }
+)
 _VINYALS_TEST_CHARACTERS = frozenset(f"Gurmukhi/character{number}" for number in range(42, 46))
 
 
@@ -64,17 +77,21 @@ class Omniglot(FewShotImages):
     antialiased Lanczos filter.
 
     Splits: ``random`` shuffles the 1,623 characters by ``split_seed``; the first 1,200 are for meta-training, as in
-    Finn et al. 2017, of which 100 are kept for meta-validation (1,100/100), and 423 for meta-testing. ``vinyals`` is the
-    fixed split of 1,028/172/423 characters by alphabets of Vinyals et al. 2016. A character and its rotations are
+    Finn et al. 2017, of which 100 are kept for meta-validation (1,100/100), and 423 for meta-testing. ``vinyals`` is
+    the fixed split of 1,028/172/423 characters by alphabets of Vinyals et al. 2016. A character and its rotations are
     always in the same split.
     """
 
     rotations: Annotated[bool, "Whether a character turned by 90, 180 or 270 degrees counts as another one."] = True
-    split: Annotated[Literal["random", "vinyals"], "Which characters are meta-trained on and tested on: random "
-                     "(1,100/100/423, shuffled by split_seed) or vinyals (1,028/172/423, by alphabets)."] = "random"
+    split: Annotated[
+        Literal["random", "vinyals"],
+        "Which characters are meta-trained on and tested on: random "
+        "(1,100/100/423, shuffled by split_seed) or vinyals (1,028/172/423, by alphabets).",
+    ] = "random"
     split_seed: Annotated[int, "The seed that shuffles the characters of the random split."] = 0
-    url: Annotated[str, "The folder on the web that the two archives are downloaded from; change it for a mirror."] = \
+    url: Annotated[str, "The folder on the web that the two archives are downloaded from; change it for a mirror."] = (
         "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+    )
 
     name: ClassVar[str] = "omniglot"
     image_shape: ClassVar[tuple[int, int, int]] = (1, _SIZE, _SIZE)
@@ -91,8 +108,10 @@ class Omniglot(FewShotImages):
             archive = self._archive(part)
             files += [archive] if archive else _tree_files(self.folder / part).values()
         stats = [file.stat() for file in files]
-        return "\n".join(f"{file.relative_to(self.folder)} {stat.st_size} {stat.st_mtime_ns}"
-                         for file, stat in zip(files, stats, strict=True))
+        return "\n".join(
+            f"{file.relative_to(self.folder)} {stat.st_size} {stat.st_mtime_ns}"
+            for file, stat in zip(files, stats, strict=True)
+        )
 
     def _archive(self, part: str) -> Path | None:
         """The zip of one half; None if only its folder is there. Downloads the zip where both are missing."""
@@ -134,12 +153,16 @@ def _check_counts(place: Path, part: str, drawings: Iterable[str]) -> None:
     """Raises DataError unless the drawings are those of the whole half, 20 for each character."""
     counts = Counter(drawing.rsplit("/", 1)[0] for drawing in drawings)
     if len(counts) != PARTS[part].characters:
-        raise DataError(f"{place} holds {len(counts)} characters instead of {PARTS[part].characters}: delete it to "
-                        f"have it downloaded again")
+        raise DataError(
+            f"{place} holds {len(counts)} characters instead of {PARTS[part].characters}: delete it to "
+            f"have it downloaded again"
+        )
     for character, count in counts.items():
         if count != DRAWERS:
-            raise DataError(f"{place} holds {count} drawings of {character} instead of {DRAWERS}: delete it to have it "
-                            f"downloaded again")
+            raise DataError(
+                f"{place} holds {count} drawings of {character} instead of {DRAWERS}: delete it to have it "
+                f"downloaded again"
+            )
 
 
 def _zip_drawings(archive: Path) -> Iterator[tuple[str, bytes, str]]:
@@ -148,22 +171,29 @@ def _zip_drawings(archive: Path) -> Iterator[tuple[str, bytes, str]]:
     try:
         opened = zipfile.ZipFile(archive)
     except _BROKEN_ZIP as error:
-        raise DataError(f"{archive} cannot be read as a zip archive: {error}; delete it to have it downloaded "
-                        f"again") from error
+        raise DataError(
+            f"{archive} cannot be read as a zip archive: {error}; delete it to have it downloaded again"
+        ) from error
     with opened:
-        members = {found[1]: info for info in opened.infolist()
-                   if (found := re.fullmatch(f"{part}/{_DRAWING.pattern}", info.filename))}
+        members = {
+            found[1]: info
+            for info in opened.infolist()
+            if (found := re.fullmatch(f"{part}/{_DRAWING.pattern}", info.filename))
+        }
         _check_counts(archive, part, members)
         for drawing, info in sorted(members.items()):
             label = f"{info.filename} in {archive}"
             if info.file_size > _MEMBER_LIMIT:
-                raise DataError(f"{label} has {info.file_size} bytes, more than any drawing of Omniglot: delete the "
-                                f"archive to have it downloaded again")
+                raise DataError(
+                    f"{label} has {info.file_size} bytes, more than any drawing of Omniglot: delete the "
+                    f"archive to have it downloaded again"
+                )
             try:
                 data = opened.read(info)
             except _BROKEN_ZIP as error:
-                raise DataError(f"{label} cannot be unpacked: {error}; delete the archive to have it downloaded "
-                                f"again") from error
+                raise DataError(
+                    f"{label} cannot be unpacked: {error}; delete the archive to have it downloaded again"
+                ) from error
             yield drawing, data, label
 
 

@@ -54,8 +54,8 @@ class Sinusoid:
         amplitude, phase = rng.uniform(*_AMPLITUDE), rng.uniform(*_PHASE)
         x = rng.uniform(*_X, size=(self.shots + queries, 1))
         y = amplitude * np.sin(x - phase)
-        y[:self.shots] += self.noise * rng.standard_normal((self.shots, 1))
-        return Episode(_batch(x[:self.shots], y[:self.shots]), _batch(x[self.shots:], y[self.shots:]))
+        y[: self.shots] += self.noise * rng.standard_normal((self.shots, 1))
+        return Episode(_batch(x[: self.shots], y[: self.shots]), _batch(x[self.shots :], y[self.shots :]))
 
 
 def _batch(x: NDArray[np.float64], y: NDArray[np.float64]) -> Batch:

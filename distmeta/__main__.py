@@ -1,0 +1,5 @@
+"""``python -m distmeta`` is the command ``distmeta``."""
+
+from distmeta.cli import main
+
+main()

@@ -1,0 +1,207 @@
+"""The command line: ``distmeta train | resume | evaluate | adapt | report | data | config``.
+
+Exit codes: 0 success, 2 the user's mistake (one clear message on standard error), 130 after a stop by signal with the
+state saved, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distmeta.config import DEFAULT, load, packaged
+from distmeta.errors import DistmetaError
+
+app = typer.Typer(
+    name="distmeta",
+    help="Distributed gradient-based meta-learning on Ray and PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.steps=100.")]
+Which = Annotated[str, typer.Option("--checkpoint", help="best (by validation), last, or a step.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command whose errors become one line and an exit code."""
+
+    @app.command()
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        from distmeta.train import Stopped
+
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logging.getLogger("distmeta").setLevel(logging.INFO)
+        try:
+            function(*args, **kwargs)
+        except DistmetaError as error:
+            _fail(f"error: {error}", error.exit_code)
+        except Stopped as stopped:
+            _fail(str(stopped), 130)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as `distmeta config | head` leaves it
+            raise SystemExit(1) from None
+        except Exception as error:
+            if os.environ.get("DISTMETA_DEBUG"):
+                raise
+            _fail(f"unexpected {type(error).__name__}: {error} (DISTMETA_DEBUG=1 shows where)", 1)
+
+    return guarded
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+@command
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help=f"A packaged configuration or a YAML file; none: {DEFAULT}, offline.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Meta-trains from the start, then judges the result on unseen test tasks."""
+    from distmeta.train import train as run_training
+
+    overrides = list(overrides or [])
+    if config is not None and "=" in config and not Path(config).exists():
+        config, overrides = None, [config, *overrides]
+    run_training(config, *overrides)
+
+
+@command
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Goes on with an interrupted run, to the bit as if it had not been interrupted."""
+    from distmeta.train import resume as run_resumption
+
+    run_resumption(run, *(overrides or []))
+
+
+@command
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    episodes: Annotated[int | None, typer.Option(help="Unseen test tasks; none: evaluation.tasks.")] = None,
+    checkpoint: Which = "best",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Judges a run on unseen test tasks, before adaptation and after each inner step."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmeta.adapt import evaluate as run_evaluation
+    from distmeta.evaluation import show
+
+    result = run_evaluation(run, *(overrides or []), episodes=episodes, checkpoint=checkpoint)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    kind = ", transductive: normalised by query batch statistics" if result["transductive"] else ""
+    table = Table(title=f"{result['tasks']} unseen tasks, mean ± 95% CI{kind}", title_justify="left")
+    table.add_column("inner steps", justify="right")
+    for name in result["by_inner_step"]:
+        table.add_column(name, justify="right")
+    for step in range(len(result["by_inner_step"]["loss"])):
+        row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
+        table.add_row(str(step), *row)
+    Console().print(table)
+    if "inductive" in result:
+        print(f"inductive (no query example sees another): accuracy {show('accuracy', result['inductive'])}")
+
+
+@command
+def adapt(
+    run: Run,
+    support: Annotated[Path, typer.Option(help="Folder with one folder of images for each class.")],
+    query: Annotated[Path, typer.Option(help="Folder of images to classify.")],
+    out: Annotated[Path, typer.Option(help="New folder for predictions and adapted weights.")] = Path("adapted"),
+    checkpoint: Which = "best",
+) -> None:
+    """Adapts a trained run to your own classes from a few images of each, and classifies others."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmeta.adapt import adapt_folder
+    from distmeta.runs import RunFolder
+
+    result = adapt_folder(RunFolder.open(run), support, query, out, checkpoint=checkpoint)
+    table = Table("file", "class", "probability")
+    for file, name, probability, *_ in result["predictions"][:20]:
+        table.add_row(file, name, f"{float(probability):.3f}")
+    Console().print(table)
+    if len(result["predictions"]) > 20:
+        print(f"… and {len(result['predictions']) - 20} more")
+    if "accuracy" in result:
+        print(f"accuracy {100 * result['accuracy']:.1f}% of {len(result['predictions'])} by the folders' names")
+    print(f"written to {out}: predictions.csv, adapted.safetensors, classes.json")
+
+
+@command
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page; none: RUN/report, or report.")] = None,
+) -> None:
+    """Draws the pictures of one run, or one page that compares several."""
+    from distmeta.report import report as make_report
+    from distmeta.runs import RunFolder
+
+    print(make_report([RunFolder.open(run) for run in runs], out))
+
+
+@command
+def data(
+    name: Annotated[str | None, typer.Argument(help="A data set; none: lists them.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of data sets; none: $DISTMETA_DATA or the cache.")] = None,
+) -> None:
+    """Downloads a data set, or checks the one that is there."""
+    from distmeta.components import build, find
+    from distmeta.tasks import TASKS
+
+    if name is None:
+        for known, kind in TASKS.items():
+            print(f"{known:12} {(kind.__doc__ or '').strip().splitlines()[0]}")
+        return
+    tasks = build("tasks", find("data", name, TASKS), {}, data_root=None if root is None else str(root))
+    tasks.prepare()
+    print(f"{name} is complete" + (f": {tasks.describe()}" if hasattr(tasks, "describe") else ""))
+
+
+@command
+def config(
+    name: Annotated[
+        str | None, typer.Argument(help="A packaged configuration or a YAML file; none: lists them.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Lists the packaged configurations, or prints one, whole, with every setting explained."""
+    from distmeta.explain import explain_config
+
+    if name is None:
+        for known, path in packaged().items():
+            about = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
+            print(f"{known:28} {about[0] if about else ''}")
+    else:
+        print(explain_config(load(name, overrides or [])), end="")
+
+
+def main() -> None:
+    """Entry point of the command ``distmeta``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

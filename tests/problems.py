@@ -1,0 +1,75 @@
+"""Small problems that several tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distmeta import Episode, MetaAlgorithm, Split, TaskSpec
+from distmeta.algorithms import ALGORITHMS
+from distmeta.core.loss import ModuleLoss, cross_entropy
+from distmeta.core.params import Layout, join
+from distmeta.distributed.work import Problem
+from distmeta.models import MLP, Conv4
+
+
+class Blobs:
+    """Classification of Gaussian blobs: cheap tasks for any input shape."""
+
+    def __init__(
+        self, shape: tuple[int, ...] = (3,), ways: int = 3, shots: int = 2, dtype: torch.dtype = torch.float32
+    ):
+        self.shape, self.ways, self.shots, self.dtype = tuple(shape), ways, shots, dtype
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec(self.shape, self.ways, "cross_entropy")
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        centres = rng.standard_normal((self.ways, 1, *self.shape))
+        x = torch.from_numpy(centres + 0.5 * rng.standard_normal((self.ways, 2 * self.shots, *self.shape)))
+        y = torch.arange(self.ways)[:, None].expand(self.ways, self.shots).flatten()
+        halves = (x[:, : self.shots], x[:, self.shots :])
+        return Episode(*((half.flatten(0, 1).to(self.dtype), y) for half in halves))
+
+
+def problem_of(algorithm: MetaAlgorithm, model: nn.Module, tasks: Any, **options: Any) -> tuple[Problem, np.ndarray]:
+    """A problem and its initial meta-parameters as a flat vector."""
+    loss = ModuleLoss(model, options.pop("loss", cross_entropy))
+    initial = join(algorithm.init(loss.init()))
+    layout = Layout.of(initial)
+    return Problem(algorithm, loss, tasks, layout, seed=1, **options), layout.pack(initial)
+
+
+def small_models(dtype: torch.dtype) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """Networks and the shape of their inputs: every kind of layer that the package offers."""
+    torch.manual_seed(0)
+    models: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        "mlp": (MLP((3,), 3, (8, 8)), (3,)),
+        "conv4-stride": (Conv4((1, 16, 16), 3, filters=4), (1, 16, 16)),
+        "conv4-pool": (Conv4((1, 16, 16), 3, filters=4, downsample="pool", head="flatten"), (1, 16, 16)),
+    }
+    for model, _ in models.values():
+        model.to(dtype)
+        with torch.no_grad():  # away from the special point of affine weights 1 and 0 and of a nearly zero head
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return models
+
+
+def algorithms() -> dict[str, MetaAlgorithm]:
+    """Every registered algorithm with its defaults but for a larger inner rate, and its variants."""
+    made: dict[str, MetaAlgorithm] = {name: kind(inner_lr=0.1) for name, kind in ALGORITHMS.items()}  # type: ignore[call-arg]
+    made["maml-3"] = ALGORITHMS["maml"](inner_lr=0.1, inner_steps=3)  # type: ignore[call-arg]
+    made["fomaml"] = ALGORITHMS["maml"](inner_lr=0.1, inner_steps=2, first_order=True)  # type: ignore[call-arg]
+    made["reptile-sgd"] = ALGORITHMS["reptile"](inner_lr=0.1, inner_optimizer="sgd", batch_size=4)  # type: ignore[call-arg]
+    return made
+
+
+def relative_error(one: np.ndarray | Tensor, other: np.ndarray | Tensor) -> float:
+    """‖one − other‖ / ‖other‖."""
+    one, other = np.asarray(one), np.asarray(other)
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))

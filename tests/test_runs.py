@@ -1,0 +1,310 @@
+"""Runs from the command line and from Python, end to end: train, stop, resume, evaluate, adapt."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from problems import Blobs
+
+import distmeta
+from distmeta import MAML, Reptile, RunFolder, checkpoint
+from distmeta.core.loss import mse
+from distmeta.core.seeds import stream
+from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
+from distmeta.models import MLP
+from distmeta.tasks.glyphs import Glyphs
+
+TINY = [
+    "scaling.num_workers=0", "model.filters=8", "train.steps=6", "train.meta_batch_size=4", "train.shard_size=2",
+    "validation.every=2", "validation.tasks=6", "evaluation.tasks=12", "checkpoint.every=2",
+]  # fmt: skip
+
+
+def cli(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distmeta", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+def digest(run: Path, step: int) -> str:
+    return hashlib.sha256((run / "checkpoints" / f"step-{step:08d}" / "meta.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return distmeta.train(None, *TINY, f"run_dir={tmp_path_factory.mktemp('runs') / 'glyphs'}")
+
+
+def test_a_run_folder_holds_what_the_design_says(trained: RunFolder) -> None:
+    names = {path.name for path in trained.path.iterdir() if not path.name.startswith(".")}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "report", "tensorboard"}
+    summary = trained.summary()
+    assert summary["steps"] == 6
+    assert summary["tasks_per_second"] > 0
+    assert {"torch", "ray", "distmeta", "numpy", "python"} == set(summary["versions"])
+    test = summary["test"]
+    assert test["tasks"] == 12
+    assert test["transductive"] is True
+    assert {"mean", "ci95"} == set(test["inductive"]) == set(test["before"]) == set(summary["nearest_neighbour"])
+    assert len(test["by_inner_step"]["accuracy"]) == 4  # before and after each of 3 inner steps
+    assert test["by_inner_step"]["accuracy"][3] == test["after"]
+    assert (trained.path / "report" / "index.html").stat().st_size > 1000
+    kinds = [record["kind"] for record in trained.records()]
+    assert kinds == ["val", "val", "val", "train"]
+    assert all(record["seconds"]["map"] > 0 for record in trained.records() if record["kind"] == "train")
+    config = trained.config()
+    assert config.tasks.options["rotations"] is False  # defaults are written out
+    assert distmeta.config.load(trained.path / "config.yaml") == config
+
+
+def test_evaluation_repeats_the_summary(trained: RunFolder) -> None:
+    again = distmeta.evaluate(trained, "scaling.num_workers=0")
+    assert again == trained.summary()["test"]
+    assert distmeta.evaluate(trained.path, episodes=5, checkpoint="4")["tasks"] == 5
+
+
+def test_best_and_numbered_checkpoints(trained: RunFolder) -> None:
+    validations = {r["step"]: r["after"]["mean"] for r in trained.records() if r["kind"] == "val"}
+    best = max(validations, key=lambda step: (validations[step], -step))
+    assert trained.checkpoint("best").state["outer"]["step"] == best
+    assert trained.checkpoint("last").state["outer"]["step"] == 6
+    assert set(checkpoint.steps(trained.checkpoints)) == {best, 4, 6}
+    with pytest.raises(CheckpointError, match="no checkpoint '5'"):
+        trained.checkpoint("5")
+
+
+def test_best_is_kept_when_it_falls_between_checkpoints(tmp_path: Path) -> None:
+    run = distmeta.train(None, *TINY, "validation.every=1", "checkpoint.every=100", f"run_dir={tmp_path / 'run'}")
+    assert run.checkpoint("best").state["outer"]["step"] == run.summary()["checkpoint"]
+
+
+def test_a_signal_saves_and_resuming_gives_the_same_bits(tmp_path: Path) -> None:
+    settings = [*TINY, "train.steps=400", "evaluation.tasks=0", "validation.every=0", "checkpoint.every=1000"]
+    straight = distmeta.train(None, *settings, f"run_dir={tmp_path / 'straight'}")
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, "-m", "distmeta", "train", *settings, f"run_dir={stopped}", "train.log_every=1"]
+    for number, (first, lines) in {
+        signal.SIGINT: (command, 5),
+        signal.SIGTERM: ([*command[:3], "resume", str(stopped)], 60),
+    }.items():
+        process = subprocess.Popen(first, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (stopped / "metrics.jsonl").exists() and len(RunFolder(stopped).records()) >= lines:
+                break
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert f"`distmeta resume {stopped}` goes on from there" in errors
+        assert "Traceback" not in errors
+    assert 60 <= checkpoint.steps(stopped / "checkpoints")[-1] < 400
+    resumed = cli("resume", stopped)
+    assert resumed.returncode == 0, resumed.stderr
+    assert digest(stopped, 400) == digest(straight.path, 400)
+    steps = [record["step"] for record in RunFolder(stopped).records()]
+    assert steps == list(range(1, 401))
+
+
+def draw(folder: Path, classes: dict[str, int], images: int, first: int = 0) -> None:
+    """Writes glyphs as a user would bring them: dark on white, larger, PNG."""
+    tasks = Glyphs(ways=len(classes), shots=20 - 1, queries=1)
+    episode = tasks.sample(stream("a user's classes"), "test")
+    x, y = episode.support_set
+    for name, label in classes.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(x[y == label][first : first + images]):
+            pixels = 255 - (picture[0] * 255).to(torch.uint8).numpy()
+            Image.fromarray(pixels).resize((84, 84)).save(folder / name / f"{first + i}.png")
+
+
+def test_adapt_to_a_users_own_pictures(trained: RunFolder, tmp_path: Path) -> None:
+    classes = {"ani": 0, "bani": 1, "gani": 2}  # fewer than the five of training
+    draw(tmp_path / "support", classes, 1)
+    draw(tmp_path / "query", classes, 4, first=1)
+    out = tmp_path / "out"
+    done = cli("adapt", trained.path, "--support", tmp_path / "support", "--query", tmp_path / "query", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert rows[0]["file"] == "ani/1.png"
+    for row in rows:
+        probabilities = [float(row[f"p({name})"]) for name in classes]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert float(row["probability"]) == max(probabilities)
+        assert probabilities[list(classes).index(row["class"])] == max(probabilities)
+    assert json.loads((out / "classes.json").read_text()) == ["ani", "bani", "gani"]
+    weights = safetensors.torch.load_file(out / "adapted.safetensors")
+    assert {f"model.{name}" for name in weights} == set(trained.checkpoint().params)
+    again = cli("adapt", trained.path, "--support", tmp_path / "support", "--query", tmp_path / "query", "--out", out)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_python_objects_train_resume_evaluate_adapt(tmp_path: Path) -> None:
+    parts = {"model": MLP((3,), 3, (16,)), "tasks": Blobs(), "algorithm": MAML(inner_lr=0.5, inner_steps=2)}
+    settings = ["train.steps=40", "validation.every=0", "evaluation.tasks=30", "scaling.num_workers=0", "outer.lr=0.01"]
+    run = distmeta.train(None, *settings, f"run_dir={tmp_path / 'run'}", **parts)
+    summary = run.summary()
+    assert summary["test"]["after"]["mean"] > summary["untrained"]["after"]["mean"]
+    assert summary["test"]["transductive"] is False
+    assert "inductive" not in summary["test"]
+    assert distmeta.evaluate(run, episodes=30, **parts) == summary["test"]
+    with pytest.raises(ConfigError, match=r"tasks of this run was the Python object problems\.Blobs.*tasks="):
+        distmeta.evaluate(run)
+
+    episode = Blobs().sample(stream(5), "test")
+    adapted = distmeta.adapt(run, episode.support_set, **parts)
+    x, y = episode.query_set
+    outputs = adapted.predict(x)
+    assert torch.equal(outputs, adapted.module(x))
+    assert (outputs.argmax(-1) == y).float().mean() > 0.6
+
+    longer = distmeta.resume(run.path, "train.steps=50", **parts)
+    assert longer.checkpoint().state["outer"]["step"] == 50
+
+
+def test_an_adapted_model_predicts_each_example_by_itself(trained: RunFolder) -> None:
+    episode = Glyphs(queries=3).sample(stream(9), "test")
+    adapted = distmeta.adapt(trained, episode.support_set)
+    x = episode.query_set[0]
+    assert torch.equal(adapted.predict(x)[4:5], adapted.predict(x[4:5]))
+
+
+def test_user_loss_and_frozen_parameters(tmp_path: Path) -> None:
+    class Line:
+        def sample(self, rng, split):
+            slope = float(rng.uniform(-2, 2))
+            x = torch.from_numpy(rng.uniform(-1, 1, (20, 1))).float()
+            return distmeta.Episode((x[:10], slope * x[:10]), (x[10:], slope * x[10:]))
+
+    model = torch.nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    run = distmeta.train(
+        {"train": {"steps": 60}, "evaluation": {"tasks": 40}, "validation": {"every": 0}},
+        "scaling.num_workers=0", "train.strategy=vmap", "outer.lr=0.05", f"run_dir={tmp_path / 'run'}",
+        model=model, loss=mse, tasks=Line(), algorithm=MAML(inner_lr=1.0, inner_steps=1),
+    )  # fmt: skip
+    assert set(run.checkpoint().params) == {"model.weight"}
+    test = run.summary()["test"]
+    assert test["metric"] == "loss"
+    assert test["after"]["mean"] < 0.3 * test["before"]["mean"]
+
+
+def test_a_run_folder_is_used_once_and_by_one(trained: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="exists already; `distmeta resume"):
+        distmeta.train(None, *TINY, f"run_dir={trained.path}")
+    with trained.lock(), pytest.raises(RunError, match="in use by another process"):
+        distmeta.resume(trained.path)
+    with pytest.raises(RunError, match="not the folder of a run"):
+        distmeta.resume(tmp_path)
+    with pytest.raises(ConfigError, match="would make this another run"):
+        distmeta.resume(trained.path, "algorithm.inner_lr=3")
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained: RunFolder, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(trained.path, copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("filters: 8", "filters: 16"))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: model\.features\.0\.weight is \(8, 1, 3, 3\)"):
+        distmeta.resume(copy)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        distmeta.evaluate(copy)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "state", "version"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_named(
+    trained: RunFolder, tmp_path: Path, damage: str
+) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(trained.path, copy)
+    last = copy / "checkpoints" / "step-00000006"
+    meta, state = last / "meta.safetensors", last / "state.json"
+    data = bytearray(meta.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+        meta.write_bytes(data)
+    elif damage == "truncate":
+        meta.write_bytes(data[: len(data) // 2])
+    elif damage == "delete":
+        meta.unlink()
+    elif damage == "state":
+        state.write_text(state.read_text().replace('\\"step\\": 6', '\\"step\\": 7'))
+    else:
+        state.write_text(state.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError) as caught:
+        distmeta.resume(copy)
+    message = str(caught.value)
+    assert "step-00000006" in message
+    assert "format 99" in message if damage == "version" else "--checkpoint 4" in message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this machine does not let its root mount a file system")
+    try:
+        run = disk / "run"
+        settings = [*TINY, "train.steps=100", "evaluation.tasks=0", "validation.every=0", "train.log_every=100"]
+        settings += ["model.filters=24", "checkpoint.every=1", "checkpoint.keep_last=100", f"run_dir={run}"]
+        done = cli("train", *settings)
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert "is whole; free some space, then resume" in done.stderr
+        assert "Traceback" not in done.stderr
+        steps = checkpoint.steps(run / "checkpoints")
+        assert len(steps) >= 1
+        assert not list((run / "checkpoints").glob(".writing-*"))
+        RunFolder.open(run).checkpoint("last")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_failing_step_saves_the_one_before(tmp_path: Path) -> None:
+    settings = [s for s in TINY if not s.startswith("checkpoint")]
+    done = cli("train", *settings, "algorithm.inner_lr=1e30", "validation.every=0", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the ")
+    assert "task 0 of step 0 (split train, seed 0) is nan" in done.stderr
+    assert "lower algorithm.inner_lr" in done.stderr
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [0]
+
+
+def test_storage_errors_name_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((StorageError, RunError), match="file"):
+        distmeta.train(None, *TINY, f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_reptile_through_the_command_line_with_outer_schedule(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = cli("train", "glyphs-5way-1shot-reptile", *TINY, "algorithm.test_inner_steps=3", f"run_dir={run}")
+    assert done.returncode == 0, done.stderr
+    rates = [r["lr"] for r in RunFolder(run).records() if r["kind"] == "train"]
+    assert rates == [pytest.approx(np.mean([1 - i / 6 for i in range(6)]))]
+    shown = cli("evaluate", run, "--episodes", 4)
+    assert shown.returncode == 0
+    assert "inductive" in shown.stdout
+    assert isinstance(RunFolder(run).config().algorithm.options["batch_size"], int)
+    assert Reptile().inner_steps == 5
