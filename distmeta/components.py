@@ -12,6 +12,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -58,7 +59,8 @@ def find(section: str, name: str, registry: Mapping[str, Callable[..., Any]]) ->
 def schema(target: Callable[..., Any], given: Iterable[str] = ()) -> type[BaseModel]:
     """The options of ``target`` as a pydantic model, without the arguments ``given`` that the program supplies."""
     parameters = inspect.signature(target).parameters.values()
-    scope = target.__init__ if inspect.isclass(target) else target
+    # A dataclass's fields are annotated in the modules of the classes that they come from.
+    scope = target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
     try:
         hints = get_type_hints(scope, include_extras=True)
     except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read

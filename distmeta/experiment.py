@@ -78,8 +78,8 @@ def assemble(
     tasks = build_part(config, "tasks", data_root=config.data_root) if tasks is None else tasks
     if not callable(getattr(tasks, "sample", None)):
         raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
-    if prepare and hasattr(tasks, "prepare"):
-        tasks.prepare()  # pyright: ignore[reportAttributeAccessIssue]  # optional, so not of the protocol
+    if prepare and callable(getattr(tasks, "prepare", None)):
+        cast(Any, tasks).prepare()
     spec = getattr(tasks, "spec", None)
     chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
     module_loss = ModuleLoss(model or _model(config, spec), loss or _criterion(config.loss, spec))

@@ -16,8 +16,8 @@ from distmeta.runs import RunFolder, storage_errors
 class MetricsLog:
     """Averages the metrics of outer steps and writes a line for each stretch of them.
 
-    A line of kind ``train`` holds the step, means over the stretch (loss and accuracy as ``meta_gradient`` of the algorithm
-    gives them: MAML's are of the query set, Reptile's of the last mini-batch; ``grad_norm``, ``lr``),
+    A line of kind ``train`` holds the step, means over the stretch (loss and accuracy as the algorithm gives them:
+    MAML's are of the query set, Reptile's of the last mini-batch; ``grad_norm``, ``lr``),
     ``tasks_per_second`` and the seconds of each part: ``map`` (waiting for the shards), ``reduce``, ``outer``,
     ``validation``, ``checkpoint`` on the driver, and ``sample`` and ``adapt`` summed over workers. A line of kind
     ``val`` holds an evaluation.

@@ -27,12 +27,11 @@ class RunFolder:
         self.path = Path(path).absolute()
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
-        """Makes the folder that ``config`` asks for and writes its ``config.yaml``.
+    def new(cls, config: Config) -> RunFolder:
+        """The folder that ``config`` asks for, not made yet.
 
         Raises:
             RunError: The folder exists already.
-            StorageError: It cannot be written.
         """
         name = config.name or "run"
         path = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -40,12 +39,17 @@ class RunFolder:
             raise RunError(
                 f"{path} exists already; `distmeta resume {path}` goes on with it, run_dir=… takes another folder"
             )
-        folder = cls(path)
-        config = config.model_copy(update={"run_dir": str(path)})
-        with storage_errors(path):
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        folder.write_config(config)
-        return folder
+        return cls(path)
+
+    def create(self, config: Config) -> None:
+        """Makes a new folder and writes its ``config.yaml``.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        with storage_errors(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.write_config(config.model_copy(update={"run_dir": str(self.path)}))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

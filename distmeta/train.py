@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import numpy as np
 from torch import nn
@@ -18,9 +18,10 @@ from torch import nn
 from distmeta import checkpoint
 from distmeta.config import Config, load
 from distmeta.core.loss import Criterion
+from distmeta.core.params import join, split
 from distmeta.core.types import TaskDistribution
 from distmeta.distributed.executor import Executor, InProcess, reduce_mean
-from distmeta.distributed.work import Problem, reproducible, shards_of
+from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError
 from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, gather, nearest_neighbour, show
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
@@ -75,10 +76,12 @@ def train(
     given = {"model": model, "loss": loss, "tasks": tasks, "algorithm": algorithm}
     if config is None and any(part is not None for part in given.values()):
         config = {}
-    experiment = assemble(load(config, overrides), **given)
-    run = RunFolder.create(experiment.config)
-    with run.lock():
-        _train(run, experiment)
+    settings = load(config, overrides)
+    run = RunFolder.new(settings)
+    with Training(assemble(settings, **given)) as training:
+        run.create(training.config)  # only now that nothing in the configuration can be wrong
+        with run.lock():
+            training.run(run)
     return run
 
 
@@ -105,8 +108,10 @@ def resume(
     with run.lock():
         config = run.config(overrides)
         experiment = assemble(config, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
-        run.write_config(experiment.config)
-        _train(run, experiment)
+        with Training(experiment) as training:
+            training.restore(run)
+            run.write_config(training.config)
+            training.run(run)
     return run
 
 
@@ -123,68 +128,71 @@ def executor_of(config: Config, problem: Problem, most: int) -> Generator[Execut
             yield executor
 
 
-def _train(run: RunFolder, experiment: Experiment) -> None:
-    config, problem = experiment.config, experiment.problem
-    outer = OuterLoop(config.outer, experiment.initial, problem.layout)
-    initial = outer.vector()
-    best: Best | None = None
-    if checkpoint.steps(run.checkpoints):
-        saved = run.checkpoint("last")
-        outer.restore(saved.params, saved.tensors, saved.state["outer"])
-        best = saved.state["best"]
-    run.forget_after(outer.step)
-    if problem.strategy == "vmap":
-        _check_vectorised(problem, outer)
-    shards = -(-config.train.meta_batch_size // config.train.shard_size)
-    with (
-        Progress(config, outer.step) as progress,
-        executor_of(config, problem, max(shards, 1)) as executor,
-        StopSignal() as stop,
-        MetricsLog(run, outer.step) as log,
-    ):
-        best = _outer_loop(run, experiment, outer, executor, best, progress, log, stop)
-        if stop.requested:
-            raise Stopped(run, outer.step)
-        summary = _summarise(run, experiment, executor, initial, log, progress)
-    run.write_summary(summary)
-    from distmeta.report import report  # matplotlib takes a second to load
+class Training:
+    """One meta-training in progress: the outer loop, and those who compute its shards.
 
-    page = report([run], experiment=experiment)
-    progress.say(f"run      {run.path}\npictures {page}")
+    Raises:
+        ConfigError: The outer optimizer refuses its settings, or vectorising the tasks is wrong for the model.
+        ResourceError: The cluster cannot give the workers what they need.
+    """
 
+    def __init__(self, experiment: Experiment) -> None:
+        self.config, self.problem, self._experiment = experiment.config, experiment.problem, experiment
+        self.outer = OuterLoop(self.config.outer, experiment.initial, self.problem.layout)
+        self.initial = self.outer.vector()
+        self.best: Best | None = None
 
-def _outer_loop(
-    run: RunFolder,
-    experiment: Experiment,
-    outer: OuterLoop,
-    executor: Executor,
-    best: Best | None,
-    progress: Progress,
-    log: MetricsLog,
-    stop: StopSignal,
-) -> Best | None:
-    """Trains up to the last step; returns where validation was best."""
-    config, problem = experiment.config, experiment.problem
-    settings = config.train
+    def __enter__(self) -> Self:
+        if self.problem.strategy == "vmap":
+            self._check_vectorised()
+        self._stack = ExitStack()
+        self.executor = self._stack.enter_context(executor_of(self.config, self.problem, len(self._shards(0))))
+        return self
 
-    def shards(step: int):
-        if step >= settings.steps:
-            return []
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def restore(self, run: RunFolder) -> None:
+        """Goes back to the last checkpoint of ``run``, if there is one."""
+        if checkpoint.steps(run.checkpoints):
+            saved = run.checkpoint("last")
+            self.outer.restore(saved.params, saved.tensors, saved.state["outer"])
+            self.best = saved.state["best"]
+        run.forget_after(self.outer.step)
+
+    def run(self, run: RunFolder) -> None:
+        """Trains to the end, then judges the result and writes summary and report.
+
+        Raises:
+            Stopped: A signal asked for it.
+        """
+        with (
+            Progress(self.config, self.outer.step) as progress,
+            StopSignal() as stop,
+            MetricsLog(run, self.outer.step) as log,
+        ):
+            while self.outer.step < self.config.train.steps and not stop.requested:
+                self._step(run, log, progress, stop)
+            if stop.requested:
+                raise Stopped(run, self.outer.step)
+            run.write_summary(self._summary(run, log, progress))
+        from distmeta.report import report  # matplotlib takes a second to load
+
+        page = report([run], experiment=self._experiment)
+        progress.say(f"run      {run.path}\npictures {page}")
+
+    def _shards(self, step: int) -> list[Shard]:
+        settings = self.config.train
         return shards_of("train", step, settings.meta_batch_size, settings.shard_size)
 
-    def save() -> None:
-        tensors, plain = outer.state()
-        params = {name: parameter.data for name, parameter in outer.params.items()}
-        state = {"outer": plain, "best": best, "seed": config.seed}
-        checkpoint.save(run.checkpoints, outer.step, checkpoint.Checkpoint(params, tensors, state))
-        checkpoint.prune(run.checkpoints, config.checkpoint.keep_last, best["step"] if best else None)
-
-    while outer.step < settings.steps and not stop.requested:
-        step, clock = outer.step, Clock()
+    def _step(self, run: RunFolder, log: MetricsLog, progress: Progress, stop: StopSignal) -> None:
+        """One outer step, and what falls due after it."""
+        config, outer, settings, clock = self.config, self.outer, self.config.train, Clock()
+        upcoming = self._shards(outer.step + 1) if outer.step + 1 < settings.steps else []
         try:
-            results = executor.map("meta_gradient", outer.vector(), shards(step), upcoming=shards(step + 1))
+            results = self.executor.map("meta_gradient", outer.vector(), self._shards(outer.step), upcoming)
         except DistmetaError:
-            save()  # what has been learned so far is not lost with the step that failed
+            self._save(run)  # what has been learned so far is not lost with the step that failed
             raise
         clock.lap("map")
         gradient = reduce_mean(results, settings.meta_batch_size)
@@ -193,100 +201,93 @@ def _outer_loop(
             record = outer.update(gradient)
         clock.lap("outer")
         means = {name: float(np.mean(values)) for name, values in gather(results).items()}
-        final = outer.step == settings.steps
+        due = outer.step == settings.steps or stop.requested
         if config.validation.every and outer.step % config.validation.every == 0:
-            best = _validate(config, problem, outer, executor, best, progress, log)
+            self._validate(log, progress)
             clock.lap("validation")
-        is_best = best is not None and best["step"] == outer.step
-        if outer.step % config.checkpoint.every == 0 or is_best or final or stop.requested:
-            save()
+        is_best = self.best is not None and self.best["step"] == outer.step
+        if due or is_best or outer.step % config.checkpoint.every == 0:
+            self._save(run)
             clock.lap("checkpoint")
         for part in ("sample", "adapt"):
             clock.seconds[part] = sum(result.seconds[part] for result in results)
-        log.add(outer.step, settings.meta_batch_size, means | record, clock.seconds, executor.retries)
-        if outer.step % settings.log_every == 0 or final or stop.requested:
+        log.add(outer.step, settings.meta_batch_size, means | record, clock.seconds, self.executor.retries)
+        if due or outer.step % settings.log_every == 0:
             log.flush()
         progress.advance(outer.step, settings.meta_batch_size, means)
-    return best
 
+    def _save(self, run: RunFolder) -> None:
+        tensors, plain = self.outer.state()
+        params = {name: parameter.data for name, parameter in self.outer.params.items()}
+        state = {"outer": plain, "best": self.best, "seed": self.config.seed}
+        checkpoint.save(run.checkpoints, self.outer.step, checkpoint.Checkpoint(params, tensors, state))
+        checkpoint.prune(run.checkpoints, self.config.checkpoint.keep_last, self.best["step"] if self.best else None)
 
-def _validate(
-    config: Config,
-    problem: Problem,
-    outer: OuterLoop,
-    executor: Executor,
-    best: Best | None,
-    progress: Progress,
-    log: MetricsLog,
-) -> Best | None:
-    result = evaluate_tasks(
-        executor, problem, outer.vector(), "val", config.validation.tasks, config.evaluation.shard_size
-    )
-    log.validation(outer.step, result)
-    progress.say(f"step {outer.step}: validation {describe(result)}")
-    if better(result, best["value"] if best else None):
-        return {"step": outer.step, "metric": result["metric"], "value": result["after"]["mean"]}
-    return best
+    def _validate(self, log: MetricsLog, progress: Progress) -> None:
+        config = self.config
+        result = evaluate_tasks(
+            self.executor,
+            self.problem,
+            self.outer.vector(),
+            "val",
+            config.validation.tasks,
+            config.evaluation.shard_size,
+        )
+        log.validation(self.outer.step, result)
+        progress.say(f"step {self.outer.step}: validation {describe(result)}")
+        if better(result, self.best["value"] if self.best else None):
+            value = result["after"]["mean"]
+            self.best = {"step": self.outer.step, "metric": result["metric"], "value": value}
 
-
-def _summarise(
-    run: RunFolder,
-    experiment: Experiment,
-    executor: Executor,
-    initial: np.ndarray,
-    log: MetricsLog,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Judges the best checkpoint on test tasks, beside what any learner must beat."""
-    config, problem = experiment.config, experiment.problem
-    summary: dict[str, Any] = {
-        "config": config.name,
-        "steps": config.train.steps,
-        "seconds": log.total_seconds(),
-        "tasks_per_second": log.tasks_per_second(),
-        "versions": {name: version(name) for name in ("distmeta", "torch", "numpy", "ray")}
-        | {"python": platform.python_version()},
-    }
-    tasks, shard_size = config.evaluation.tasks, config.evaluation.shard_size
-    if not tasks:
+    def _summary(self, run: RunFolder, log: MetricsLog, progress: Progress) -> dict[str, Any]:
+        """Judges the best checkpoint on test tasks, beside what any learner must beat."""
+        config, problem, executor = self.config, self.problem, self.executor
+        summary: dict[str, Any] = {
+            "config": config.name,
+            "steps": config.train.steps,
+            "seconds": log.total_seconds(),
+            "tasks_per_second": log.tasks_per_second(),
+            "versions": {name: version(name) for name in ("distmeta", "torch", "numpy", "ray")}
+            | {"python": platform.python_version()},
+        }
+        tasks, shard_size = config.evaluation.tasks, config.evaluation.shard_size
+        if not tasks:
+            return summary
+        saved = run.checkpoint("best")
+        vector = problem.layout.pack(saved.params)
+        test: Evaluation = evaluate_tasks(executor, problem, vector, "test", tasks, shard_size)
+        summary |= {"checkpoint": saved.state["outer"]["step"], "test": test}
+        progress.say(f"test on {tasks} unseen tasks (checkpoint of step {summary['checkpoint']})")
+        progress.say(f"  meta-trained        {describe(test)}")
+        if config.evaluation.baselines:
+            untrained = evaluate_tasks(executor, problem, self.initial, "test", tasks, shard_size)
+            summary["untrained"] = untrained
+            progress.say(f"  untrained           {describe(untrained)}")
+            neighbour = nearest_neighbour(executor, problem, vector, "test", tasks, shard_size)
+            if neighbour is not None:
+                summary["nearest_neighbour"] = neighbour
+                progress.say(f"  nearest neighbour   accuracy {show('accuracy', neighbour)} on raw inputs")
         return summary
-    saved = run.checkpoint("best")
-    vector = problem.layout.pack(saved.params)
-    test: Evaluation = evaluate_tasks(executor, problem, vector, "test", tasks, shard_size)
-    summary |= {"checkpoint": saved.state["outer"]["step"], "test": test}
-    progress.say(f"test on {tasks} unseen tasks (checkpoint of step {summary['checkpoint']})")
-    progress.say(f"  meta-trained        {describe(test)}")
-    if config.evaluation.baselines:
-        untrained = evaluate_tasks(executor, problem, initial, "test", tasks, shard_size)
-        summary["untrained"] = untrained
-        progress.say(f"  untrained           {describe(untrained)}")
-        neighbour = nearest_neighbour(executor, problem, vector, "test", tasks, shard_size)
-        if neighbour is not None:
-            summary["nearest_neighbour"] = neighbour
-            progress.say(f"  nearest neighbour   accuracy {show('accuracy', neighbour)} on raw inputs")
-    return summary
 
+    def _check_vectorised(self) -> None:
+        """Compares the two strategies on a task, since vectorising is wrong for some layers of torch.
 
-def _check_vectorised(problem: Problem, outer: OuterLoop) -> None:
-    """Compares the two strategies on a few tasks, since vectorising is wrong for some layers of torch.
-
-    Raises:
-        ConfigError: They differ by more than rounding.
-    """
-    from distmeta.core.params import join, split
-
-    tasks = problem.build(shards_of("train", 0, 2, 2)[0])
-    meta = split({name: parameter.detach() for name, parameter in outer.params.items()})
-    with reproducible(problem.threads, 0):
-        both = join(problem.vectorised(meta, tasks, 0).gradient)
-        one = join(problem.algorithm.meta_gradient(meta, tasks[1], problem.loss, step=0).gradient)
-    for name, tensor in one.items():
-        error = float((both[name][1] - tensor).norm() / (tensor.norm() + 1e-12))
-        if error > 0.05:
-            raise ConfigError(
-                f"train.strategy: vmap gives another meta-gradient for {name} than the loop does (relative difference "
-                f"{error:.1e}); set train.strategy=loop"
-            )
+        Raises:
+            ConfigError: They differ by more than rounding.
+        """
+        problem = self.problem
+        tasks = problem.build(self._shards(0)[0])[:2]
+        meta = split({name: parameter.detach() for name, parameter in self.outer.params.items()})
+        with reproducible(problem.threads, 0):
+            both = join(problem.vectorised(meta, tasks, 0).gradient)
+            one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss, step=0).gradient)
+        for name, tensor in one.items():
+            error = float((both[name][0] - tensor).norm() / (tensor.norm() + 1e-12))
+            if error > 0.05:
+                raise ConfigError(
+                    f"train.strategy: vmap gives another meta-gradient for {name} than the loop does (relative "
+                    f"difference {error:.1e}); set train.strategy=loop"
+                )
 
 
 class Clock:

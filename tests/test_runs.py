@@ -156,14 +156,21 @@ def test_adapt_to_a_users_own_pictures(trained: RunFolder, tmp_path: Path) -> No
 
 
 def test_python_objects_train_resume_evaluate_adapt(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     parts = {"model": MLP((3,), 3, (16,)), "tasks": Blobs(), "algorithm": MAML(inner_lr=0.5, inner_steps=2)}
-    settings = ["train.steps=40", "validation.every=0", "evaluation.tasks=30", "scaling.num_workers=0", "outer.lr=0.01"]
+    settings = [
+        "train.steps=150",
+        "validation.every=0",
+        "evaluation.tasks=100",
+        "scaling.num_workers=0",
+        "outer.lr=0.01",
+    ]
     run = distmeta.train(None, *settings, f"run_dir={tmp_path / 'run'}", **parts)
     summary = run.summary()
     assert summary["test"]["after"]["mean"] > summary["untrained"]["after"]["mean"]
     assert summary["test"]["transductive"] is False
     assert "inductive" not in summary["test"]
-    assert distmeta.evaluate(run, episodes=30, **parts) == summary["test"]
+    assert distmeta.evaluate(run, episodes=100, **parts) == summary["test"]
     with pytest.raises(ConfigError, match=r"tasks of this run was the Python object problems\.Blobs.*tasks="):
         distmeta.evaluate(run)
 
@@ -174,8 +181,8 @@ def test_python_objects_train_resume_evaluate_adapt(tmp_path: Path) -> None:
     assert torch.equal(outputs, adapted.module(x))
     assert (outputs.argmax(-1) == y).float().mean() > 0.6
 
-    longer = distmeta.resume(run.path, "train.steps=50", **parts)
-    assert longer.checkpoint().state["outer"]["step"] == 50
+    longer = distmeta.resume(run.path, "train.steps=160", **parts)
+    assert longer.checkpoint().state["outer"]["step"] == 160
 
 
 def test_an_adapted_model_predicts_each_example_by_itself(trained: RunFolder) -> None:
@@ -193,7 +200,7 @@ def test_user_loss_and_frozen_parameters(tmp_path: Path) -> None:
             return distmeta.Episode((x[:10], slope * x[:10]), (x[10:], slope * x[10:]))
 
     model = torch.nn.Linear(1, 1)
-    model.bias.requires_grad_(False)
+    torch.nn.init.zeros_(model.bias).requires_grad_(False)
     run = distmeta.train(
         {"train": {"steps": 60}, "evaluation": {"tasks": 40}, "validation": {"every": 0}},
         "scaling.num_workers=0", "train.strategy=vmap", "outer.lr=0.05", f"run_dir={tmp_path / 'run'}",

@@ -199,13 +199,13 @@ class RayPool:
         if process is not None:
             log.warning(
                 "worker %d was lost at tasks %d-%d of step %d (%s): another worker redoes them",
-                process, shard.first, shard.first + shard.count - 1, shard.step, type(error).__name__,
+                process, shard.first, shard.first + shard.size - 1, shard.step, type(error).__name__,
             )  # fmt: skip
             ray.kill(worker)
             self._add_worker()
         if tries >= TRIES:
             raise WorkerError(
-                f"tasks {shard.first}-{shard.first + shard.count - 1} of step {shard.step} (split {shard.split}) have "
+                f"tasks {shard.first}-{shard.first + shard.size - 1} of step {shard.step} (split {shard.split}) have "
                 f"lost {tries} workers in a row: {_one_line(error)}. They may need more memory than a worker has; "
                 "lower train.shard_size or the size of a task"
             ) from error

@@ -36,7 +36,7 @@ class Shard(NamedTuple):
     """Outer step in meta-training; 0 in evaluation, whose tasks are the same each time."""
     first: int
     """Index in the meta-batch of the first task."""
-    count: int
+    size: int
     """Number of tasks."""
 
 
@@ -124,7 +124,7 @@ class Problem:
     def build(self, shard: Shard) -> list[Task]:
         """The shard's tasks, each from its own random stream."""
         tasks: list[Task] = []
-        for index in range(shard.first, shard.first + shard.count):
+        for index in range(shard.first, shard.first + shard.size):
             try:
                 tasks.append(self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split))
             except DistmetaError:
@@ -146,7 +146,7 @@ class Problem:
             metrics = {name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()}
             joined = {name: tensor.sum(0) for name, tensor in join(result.gradient).items()}
             if not all(bool(tensor.isfinite().all()) for tensor in joined.values()):
-                for i in range(shard.count):
+                for i in range(shard.size):
                     self._check({k: v[i] for k, v in join(result.gradient).items()}, shard, shard.first + i)
         else:
             joined, rows = {}, []
