@@ -23,7 +23,8 @@ from distmeta.evaluation import Evaluation, evaluate_tasks
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
 from distmeta.outer import check_same
 from distmeta.runs import RunFolder, storage_errors
-from distmeta.tasks.images import FewShotImages, folder_of_classes, folder_of_images
+from distmeta.tasks.images import FewShotImages
+from distmeta.tasks.pictures import folder_of_classes, folder_of_images
 from distmeta.train import executor_of
 
 

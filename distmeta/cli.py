@@ -170,6 +170,7 @@ def data(
     """Downloads a data set, or checks the one that is there."""
     from distmeta.components import build, find
     from distmeta.tasks import TASKS
+    from distmeta.tasks.images import FewShotImages
 
     if name is None:
         for known, kind in TASKS.items():
@@ -177,7 +178,8 @@ def data(
         return
     tasks = build("tasks", find("data", name, TASKS), {}, data_root=None if root is None else str(root))
     tasks.prepare()
-    print(f"{name} is complete" + (f": {tasks.describe()}" if hasattr(tasks, "describe") else ""))
+    about = f": {tasks.describe()}" if isinstance(tasks, FewShotImages) else "; it needs no data"
+    print(f"{name} is complete{about}")
 
 
 @command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from distmeta.core.loss import uses_batch_statistics
 from distmeta.core.types import Episode, Split
 from distmeta.distributed.executor import Executor
 from distmeta.distributed.work import Problem, ShardResult, shards_of
+
+log = logging.getLogger("distmeta")
 
 Evaluation = dict[str, Any]
 """Plain data, as it is written to ``summary.json`` (see `evaluate_tasks`)."""
@@ -34,6 +37,12 @@ def evaluate_tasks(
     """
     results = executor.map("evaluate", vector, shards_of(split, 0, tasks, shard_size))
     metrics = gather(results)
+    diverged = int((~np.isfinite(metrics["loss"])).any(axis=1).sum())
+    if diverged:
+        log.warning(
+            "%d of %d %s tasks have a loss that is not finite: their adaptation diverges; lower algorithm.inner_lr",
+            diverged, tasks, split,
+        )  # fmt: skip
     inductive = metrics.pop("accuracy_inductive", None)
     curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items()}
     metric = "accuracy" if "accuracy" in curves else "loss"

@@ -23,14 +23,8 @@ from distmeta.core.seeds import stream
 from distmeta.core.types import Episode, Split
 from distmeta.errors import ConfigError, DataError, StorageError
 from distmeta.tasks.files import atomic_write, cache_dir, default_data_root, download
-from distmeta.tasks.images import (
-    SPLITS,
-    FewShotImages,
-    ImageSet,
-    character_pixels,
-    folder_of_classes,
-    folder_of_images,
-)
+from distmeta.tasks.images import SPLITS, FewShotImages, ImageSet
+from distmeta.tasks.pictures import character_pixels, folder_of_classes, folder_of_images
 from distmeta.tasks.sinusoid import Sinusoid
 
 COUNTS = (6, 7, 9)  # of the classes 0, 1, 2, 3, 4, ... in turn

@@ -31,11 +31,16 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Computes the shards one after the other in this process."""
+    """Computes the shards one after the other in this process.
+
+    Raises:
+        ResourceError: There is no GPU where one is asked for.
+    """
 
     retries = 0
 
     def __init__(self, problem: Problem) -> None:
+        problem.check_device()
         self.problem = problem
 
     def map(

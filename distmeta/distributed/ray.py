@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import (
     AuthenticationError,
     ObjectLostError,
@@ -49,8 +48,7 @@ class _Worker:
         Raises:
             ResourceError: There is no GPU where one is asked for.
         """
-        if self.problem.device == "cuda" and not torch.cuda.is_available():
-            raise ResourceError("scaling.use_gpu is on, but torch sees no GPU in a worker")
+        self.problem.check_device()
         return os.getpid()
 
     def prepare(self, shards: Sequence[Shard]) -> None:
@@ -126,17 +124,19 @@ class RayPool:
         self._starting[worker.ready.remote()] = worker
 
     def _wait_for_first(self) -> None:
-        ready, _ = ray.wait(list(self._starting), timeout=self.scaling.start_timeout)
-        if not ready:
-            free = ray.available_resources()
-            offered = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-            raise ResourceError(
-                f"no worker has started within {self.scaling.start_timeout:g} s; free in the cluster: {offered}. "
-                "Another job may hold the rest; scaling.start_timeout waits longer"
-            )
-        self._admit(ready)
         while not self._workers:
-            self._admit(ray.wait(list(self._starting))[0])
+            ready, _ = ray.wait(list(self._starting), timeout=self.scaling.start_timeout)
+            if not ready:
+                raise self._none_started()
+            self._admit(ready)
+
+    def _none_started(self) -> ResourceError:
+        free = ray.available_resources()
+        offered = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+        return ResourceError(
+            f"no worker has started within {self.scaling.start_timeout:g} s; free in the cluster: {offered}. "
+            "Another job may hold the rest; scaling.start_timeout waits longer"
+        )
 
     def _admit(self, ready: Sequence[ray.ObjectRef]) -> None:
         """Takes workers that have started into service."""
@@ -172,7 +172,11 @@ class RayPool:
                 index = waiting.popleft()
                 running[worker.run.remote(work, broadcast, shards[index])] = (worker, index)
                 load[worker] += 1
-            done, _ = ray.wait([*running, *self._starting], num_returns=1)
+            done, _ = ray.wait(
+                [*running, *self._starting], num_returns=1, timeout=None if running else self.scaling.start_timeout
+            )
+            if not done:
+                raise self._none_started()
             for ref in done:
                 if ref in self._starting:
                     self._admit([ref])

@@ -22,7 +22,7 @@ from distmeta.core.loss import ModuleLoss, uses_batch_statistics
 from distmeta.core.params import Layout, join, split
 from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import Batch, Episode, MetaGradient, MetaParams, Params, Split, Task, TaskDistribution
-from distmeta.errors import ConfigError, DistmetaError, NumericalError, WorkerError
+from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError
 
 Work = Literal["meta_gradient", "evaluate", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap"]
@@ -90,6 +90,11 @@ class Problem:
     strategy: Strategy = "loop"
     threads: int = 1
     device: str = "cpu"
+
+    def check_device(self) -> None:
+        """Raises `ResourceError` unless this process has the device that the problem is to be computed on."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("scaling.use_gpu is on, but torch sees no GPU where the shards are to be computed")
 
     def run(self, work: Work, vector: np.ndarray, shard: Shard, tasks: list[Task] | None = None) -> ShardResult:
         """Does ``work`` on one shard.

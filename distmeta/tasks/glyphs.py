@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import DataError
-from distmeta.tasks.images import FewShotImages, ImageSet, Pixels
+from distmeta.tasks.images import FewShotImages, ImageSet
+from distmeta.tasks.pictures import Pixels
 
 _RECIPE = 3  # a new number for every change of what is rendered
 EXAMPLES = 20

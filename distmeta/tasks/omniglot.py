@@ -19,7 +19,8 @@ from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import DataError
 from distmeta.tasks.files import download
-from distmeta.tasks.images import FewShotImages, ImageSet, character_pixels
+from distmeta.tasks.images import FewShotImages, ImageSet
+from distmeta.tasks.pictures import character_pixels
 
 DRAWERS = 20
 _SIZE = 28

@@ -1,0 +1,144 @@
+"""Reading users' pictures, one by one and by folders."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from distmeta.errors import DataError
+
+Pixels = NDArray[np.uint8]
+_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def to_floats(pixels: Pixels) -> Tensor:
+    """uint8 [n, H, W] or [n, H, W, 3] to float32 [n, C, H, W] from 0 to 1."""
+    x = torch.from_numpy(pixels)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def load_image(source: Path | bytes, label: str) -> Image.Image:
+    """Decodes a picture, a file or the bytes of one, upright as its EXIF data says; messages call it ``label``.
+
+    Raises:
+        DataError: there is no such file or it is not a whole image.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            picture.load()
+            # the copy that a transposition makes is worth sparing where there is nothing to transpose
+            return ImageOps.exif_transpose(picture) if picture.getexif() else picture
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {label}") from error
+    except _BROKEN_IMAGE as error:
+        raise DataError(f"{label} cannot be read as an image: {error}") from error
+
+
+def character_pixels(source: Path | bytes, size: int, label: str | None = None) -> Pixels:
+    """Reads a written character as the data sets of characters show it: uint8 [size, size], ink 255 on paper 0.
+
+    Transparency is laid on white. The paper is the median grey, the ink whatever lies furthest from it, so dark on
+    light and light on dark come out alike. The picture is padded with paper to a square and resized with Pillow's
+    antialiased Lanczos filter. A drawing should fill its frame, with strokes about as wide as a fortieth of it, as
+    Omniglot's are.
+
+    Args:
+        source: a file, or the bytes of one.
+        size: height and width of the result.
+        label: what messages call it; a path names itself.
+
+    Raises:
+        DataError: there is no such file, it is not a whole image, or it has one colour only.
+    """
+    label = label or str(source)
+    picture = load_image(source, label)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    grey = np.asarray(picture.convert("L"), np.float32)
+    contrast = grey - np.median(grey)
+    furthest = contrast.flat[np.abs(contrast).argmax()]
+    if furthest == 0:
+        raise DataError(f"{label} has one colour only: it shows no character")
+    ink = Image.fromarray(np.rint(np.clip(contrast / furthest, 0, 1) * 255).astype(np.uint8))
+    if ink.width != ink.height:
+        side = max(ink.size)
+        square = Image.new("L", (side, side), 0)
+        square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
+        ink = square
+    return np.array(ink.resize((size, size), Image.Resampling.LANCZOS))
+
+
+class Pictures(NamedTuple):
+    """The pictures of a folder."""
+
+    paths: list[Path]
+    x: Tensor
+    """float32 [n, C, H, W]."""
+    labels: list[str] | None
+    """The name of the class folder that each lies in; None if the folder has no class folders."""
+
+
+def _entries(folder: Path) -> list[Path]:
+    """The entries of a folder by name, hidden ones left out."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def folder_of_images(folder: Path, reader: Callable[[Path], Tensor]) -> Pictures:
+    """Reads a folder of pictures, or of one folder of pictures for each class.
+
+    Args:
+        folder: the folder; hidden files are ignored.
+        reader: reads one picture, for example `FewShotImages.read_image`.
+
+    Raises:
+        DataError: no such folder, an empty one (or an empty class), pictures beside class folders, or an unreadable
+            picture.
+    """
+    entries = _entries(folder)
+    classes = [entry for entry in entries if entry.is_dir()]
+    if not entries:
+        raise DataError(f"{folder} is empty: it should hold pictures, or one folder of pictures for each class")
+    if classes and len(classes) < len(entries):
+        stray = next(entry for entry in entries if not entry.is_dir())
+        raise DataError(
+            f"{folder} holds both folders and files ({stray.name}): put every picture in a class's folder, "
+            f"or all of them beside each other"
+        )
+    paths: list[Path] = []
+    for place in classes or [folder]:
+        found = _entries(place)
+        if not found:
+            raise DataError(f"the class folder {place} holds no pictures")
+        paths += found
+    return Pictures(
+        paths, torch.stack([reader(path) for path in paths]), [path.parent.name for path in paths] if classes else None
+    )
+
+
+def folder_of_classes(folder: Path, reader: Callable[[Path], Tensor]) -> tuple[list[str], Tensor, Tensor]:
+    """Reads a folder that has one folder of pictures for each class.
+
+    Returns:
+        the classes' names in order, x float32 [n, C, H, W], and y int64 [n], positions in the names.
+
+    Raises:
+        DataError: as `folder_of_images`, and if there are no class folders.
+    """
+    pictures = folder_of_images(folder, reader)
+    if pictures.labels is None:
+        raise DataError(f"{folder} holds no class folders: put the pictures of each class in a folder named after it")
+    names = sorted(set(pictures.labels))
+    return names, pictures.x, torch.tensor([names.index(label) for label in pictures.labels])
