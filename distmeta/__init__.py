@@ -1,11 +1,11 @@
 """distmeta: distributed gradient-based meta-learning on Ray and PyTorch."""
 
-from distmeta.adapt import Adapted, adapt, evaluate
+from distmeta.adaptation import Adapted, adapt, evaluate
 from distmeta.algorithms import MAML, MetaAlgorithm, Reptile
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError
 from distmeta.runs import RunFolder
-from distmeta.train import Stopped, resume, train
+from distmeta.training import Stopped, resume, train
 
 __all__ = [
     "MAML",

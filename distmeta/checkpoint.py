@@ -116,7 +116,21 @@ def prune(folder: Path, keep_last: int, best: int | None) -> None:
     """Removes all but the ``keep_last`` newest checkpoints and that of step ``best``."""
     for step in steps(folder)[:-keep_last]:
         if step != best:
-            shutil.rmtree(path_of(folder, step))
+            remove(folder, step)
+
+
+def remove(folder: Path, step: int) -> None:
+    """Removes a checkpoint, never leaving half of one under its name.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
+    doomed = folder / f".removing-{path_of(folder, step).name}"
+    try:
+        path_of(folder, step).rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise StorageError(f"checkpoint {doomed} could not be removed: {error.strerror or error}") from error
 
 
 def write_durably(path: Path, data: bytes) -> None:

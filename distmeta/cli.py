@@ -10,7 +10,9 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,10 +41,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @app.command()
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from distmeta.train import Stopped
+        from distmeta.training import Stopped
 
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("distmeta").setLevel(logging.INFO)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preemption notice ends as Ctrl-C does
         try:
             function(*args, **kwargs)
         except DistmetaError as error:
@@ -75,7 +79,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Meta-trains from the start, then judges the result on unseen test tasks."""
-    from distmeta.train import train as run_training
+    from distmeta.training import train as run_training
 
     overrides = list(overrides or [])
     if config is not None and "=" in config and not Path(config).exists():
@@ -84,11 +88,11 @@ def train(
 
 
 @command
-def resume(run: Run, overrides: Overrides = None) -> None:
+def resume(run: Run, overrides: Overrides = None, checkpoint: Which = "last") -> None:
     """Goes on with an interrupted run, to the bit as if it had not been interrupted."""
-    from distmeta.train import resume as run_resumption
+    from distmeta.training import resume as run_resumption
 
-    run_resumption(run, *(overrides or []))
+    run_resumption(run, *(overrides or []), checkpoint=checkpoint)
 
 
 @command
@@ -103,7 +107,7 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from distmeta.adapt import evaluate as run_evaluation
+    from distmeta.adaptation import evaluate as run_evaluation
     from distmeta.evaluation import show
 
     result = run_evaluation(run, *(overrides or []), episodes=episodes, checkpoint=checkpoint)
@@ -135,7 +139,7 @@ def adapt(
     from rich.console import Console
     from rich.table import Table
 
-    from distmeta.adapt import adapt_folder
+    from distmeta.adaptation import adapt_folder
     from distmeta.runs import RunFolder
 
     result = adapt_folder(RunFolder.open(run), support, query, out, checkpoint=checkpoint)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from distmeta.errors import ConfigError, DistmetaError
+from distmeta.errors import ConfigError, DistmetaError, one_line
 
 
 class Component(BaseModel):
@@ -49,7 +49,7 @@ def find(section: str, name: str, registry: Mapping[str, Callable[..., Any]]) ->
         )
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # a module here is found as `python -m` would find it
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -105,8 +105,9 @@ def build(section: str, target: Callable[..., Any], options: Mapping[str, Any], 
         return target(**checked, **supplied)
     except DistmetaError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section}: {getattr(target, '__name__', target)} refused its options: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        name = getattr(target, "__name__", target)
+        raise ConfigError(f"{section}: {name} refused its options: {one_line(error)}") from error
 
 
 def documentation(target: Callable[..., Any], given: Iterable[str] = ()) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distmeta.components import Component, explain, nearest
-from distmeta.errors import ConfigError
+from distmeta.errors import ConfigError, one_line
 
 DEFAULT = "glyphs-5way-1shot-maml"
 """The packaged configuration that ``distmeta train`` runs without arguments: offline, minutes on two cores."""
@@ -30,7 +30,9 @@ class Outer(Section):
     """The outer loop: how the driver turns the mean meta-gradient into an update."""
 
     use: str = Field("Adam", description="optimizer of torch.optim, or package.module:Name")
-    lr: float = Field(1e-3, gt=0, description="outer (meta) learning rate; Reptile's epsilon with use: SGD")
+    lr: float = Field(
+        1e-3, gt=0, allow_inf_nan=False, description="outer (meta) learning rate; Reptile's epsilon with use: SGD"
+    )
     weight_decay: float = Field(0.0, ge=0, description="the optimizer's weight decay")
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
     clip_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of the mean meta-gradient")
@@ -74,7 +76,7 @@ class Checkpoint(Section):
 class Scaling(Section):
     """Who computes. Nothing here changes the resulting parameters, but threads_per_worker and the type of device."""
 
-    num_workers: int | Literal["auto"] = Field(
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="Ray actors; auto: one per GPU with use_gpu, else per CPU core; 0: this process, no Ray"
     )
     use_gpu: bool = Field(False, description="each worker computes on a GPU of its own")
@@ -113,6 +115,9 @@ def packaged() -> dict[str, Path]:
 def load(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """A configuration from a packaged name, a YAML file or a mapping, changed by ``key.subkey=value`` strings.
 
+    An override of ``tasks.use``, ``model.use`` or ``algorithm.use`` by another component drops the options that the
+    source gives the one before.
+
     Raises:
         ConfigError: The source is not there or is no YAML, or a key is unknown, of the wrong type or out of range.
     """
@@ -127,10 +132,15 @@ def load(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequen
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; give key=value, for example train.steps=100")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
+        changes = OmegaConf.from_dotlist(list(overrides))
+        for section in ("tasks", "model", "algorithm"):
+            kind = OmegaConf.select(changes, f"{section}.use")
+            if kind is not None and kind != (data.get(section) or {}).get("use"):
+                data[section] = {}  # options of another component would be wrong, or worse, taken for this one's
+        merged = OmegaConf.merge(OmegaConf.create(data), changes)
         plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"the configuration cannot be read: {_one_line(error)}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"the configuration cannot be read: {one_line(error)}") from error
     return validate(plain)
 
 
@@ -155,7 +165,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values; it holds a {type(data).__name__}")
     return {str(key): value for key, value in data.items()}
@@ -174,7 +184,3 @@ def _path_of(source: str | Path) -> Path:
         f"no packaged configuration {str(source)!r}{nearest(str(source), names)}; "
         "`distmeta config` lists them, and a path must end in .yaml"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

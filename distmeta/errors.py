@@ -53,6 +53,11 @@ class StorageError(DistmetaError):
     """A file could not be written: the disk is full, or the folder is read-only."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of any exception without line breaks; its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def positive(key: str, value: float) -> None:
     """Raises `ConfigError` unless ``value`` is a finite number above 0."""
     if not 0 < value < float("inf"):

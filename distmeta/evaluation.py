@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,8 @@ def gather(results: list[ShardResult]) -> dict[str, np.ndarray]:
 def better(evaluation: Evaluation, than: float | None) -> bool:
     """Whether the metric after adaptation is better than an earlier value of it (True if there is none)."""
     value = evaluation["after"]["mean"]
+    if not math.isfinite(value):
+        return False
     if than is None:
         return True
     return value > than if evaluation["metric"] == "accuracy" else value < than

@@ -52,12 +52,14 @@ class MetricsLog:
         self._seconds.append(dict(seconds))
 
     def flush(self) -> None:
-        """Writes the line of the steps taken in since the last one."""
+        """Writes the line of the steps taken in since the last one, if there are any."""
+        if not self._rows:
+            return
         means = {name: float(np.mean([row[name] for row in self._rows])) for name in self._rows[-1]}
         parts = sorted({part for seconds in self._seconds for part in seconds})
         spent = {part: sum(seconds.get(part, 0.0) for seconds in self._seconds) for part in parts}
         wall = sum(spent[part] for part in ("map", "reduce", "outer"))
-        record = {"kind": "train", "step": self._step, "steps": len(self._rows)} | means
+        record = means | {"kind": "train", "step": self._step, "steps": len(self._rows)}
         record |= {"tasks": self._tasks, "tasks_per_second": self._tasks / wall, "retries": self._retries}
         self._write(record | {"seconds": spent})
         for name, value in (means | {"tasks_per_second": record["tasks_per_second"]}).items():

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distmeta.components import Component, build, find
+from distmeta.components import build, find
 from distmeta.config import Outer
 from distmeta.core.params import Layout
 from distmeta.core.types import Params
+from distmeta.distributed.work import Problem
 from distmeta.errors import CheckpointError, ConfigError, NumericalError
 
 
@@ -35,7 +37,11 @@ class OuterLoop:
         self.optimizer = _optimizer(config, list(self.params.values()))
         self.schedule = None
         if config.schedule is not None:
-            target = _find_in_torch("outer.schedule.use", config.schedule, torch.optim.lr_scheduler)
+            target = _find("outer.schedule.use", config.schedule.use, torch.optim.lr_scheduler, LRScheduler)
+            if target is ReduceLROnPlateau:
+                raise ConfigError(
+                    "outer.schedule.use: ReduceLROnPlateau follows a metric; take one that follows the step"
+                )
             self.schedule = build("outer.schedule", target, config.schedule.options, optimizer=self.optimizer)
         self.step = 0
 
@@ -55,7 +61,7 @@ class OuterLoop:
             ``grad_norm`` before clipping and ``lr``.
 
         Raises:
-            NumericalError: The updated meta-parameters would not be finite; they stay as they were.
+            NumericalError: The gradient or the updated meta-parameters are not finite (see `sound`).
         """
         for name, tensor in self.layout.unpack(gradient).items():
             self.params[name].grad = tensor
@@ -67,10 +73,16 @@ class OuterLoop:
             )
         used = self.lr
         self.optimizer.step()
+        if not self.sound():
+            raise NumericalError(f"the meta-parameters after step {self.step} are not finite; lower outer.lr")
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
         return {"grad_norm": norm, "lr": used}
+
+    def sound(self) -> bool:
+        """Whether all meta-parameters are finite, so that this state is worth keeping."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.params.values())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next update depends on beside the meta-parameters: tensors, and plain data for JSON."""
@@ -118,18 +130,27 @@ def check_same(params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
             )
 
 
+def check_constants(saved: str, problem: Problem) -> None:
+    """Raises `CheckpointError` unless the model's frozen parameters and buffers are those of the checkpoint."""
+    if saved != problem.loss.constants():
+        raise CheckpointError(
+            "the checkpoint does not fit the model: its frozen parameters or buffers have other values than in "
+            "training; build the model as it was built then (with the same random seed)"
+        )
+
+
 def _optimizer(config: Outer, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    target = _find_in_torch("outer.use", Component(use=config.use), torch.optim)
+    target = _find("outer.use", config.use, torch.optim, torch.optim.Optimizer)
+    for key in ("lr", "weight_decay"):
+        if key in config.options:
+            raise ConfigError(f"outer.options.{key}: set outer.{key} instead")
     if inspect.signature(target.step).parameters["closure"].default is inspect.Parameter.empty:
         raise ConfigError(f"outer.use: {config.use} evaluates the loss anew at each step; take one that does not")
     options = {"lr": config.lr} | ({"weight_decay": config.weight_decay} if config.weight_decay else {})
     return build("outer.options", target, options | config.options, params=params)
 
 
-def _find_in_torch(key: str, component: Component, module: Any) -> Any:
-    known = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isclass(value) and name not in ("Optimizer", "LRScheduler") and not name.startswith("_")
-    }
-    return find(key, component.use, known)
+def _find(key: str, name: str, module: Any, kind: type) -> Any:
+    """The class of torch's ``module`` called ``name`` that is a ``kind``, or one by import string."""
+    known = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, kind) and c is not kind}
+    return find(key, name, known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,12 @@ from distmeta import checkpoint
 from distmeta.config import Config, load, read_yaml
 from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
 
-MAY_CHANGE = ("scaling.", "evaluation.", "checkpoint.", "validation.", "train.steps=", "train.log_every=", "data_root=")
-"""Keys of an existing run that may be changed when it is resumed or evaluated."""
+MAY_CHANGE = (
+    "scaling.num_workers=", "scaling.cpus_per_worker=", "scaling.gpus_per_worker=", "scaling.address=",
+    "scaling.start_timeout=", "evaluation.", "checkpoint.", "validation.", "train.steps=", "train.log_every=",
+    "data_root=",
+)  # fmt: skip
+"""Keys that may be changed when a run is resumed: none of them changes the parameters after a given step."""
 
 
 class RunFolder:
@@ -34,21 +39,28 @@ class RunFolder:
             RunError: The folder exists already.
         """
         name = config.name or "run"
-        path = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        folder = cls(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        folder.refuse_used()
+        return folder
+
+    def refuse_used(self) -> None:
+        """Raises `RunError` if the folder holds anything but the lock of who is about to use it."""
+        path = self.path
+        if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
             raise RunError(
                 f"{path} exists already; `distmeta resume {path}` goes on with it, run_dir=… takes another folder"
             )
-        return cls(path)
 
     def create(self, config: Config) -> None:
-        """Makes a new folder and writes its ``config.yaml``.
+        """Fills a new folder, whose lock is held, with its ``config.yaml``.
 
         Raises:
+            RunError: Another process has used the folder since it was found to be new.
             StorageError: It cannot be written.
         """
+        self.refuse_used()
         with storage_errors(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir()
         self.write_config(config.model_copy(update={"run_dir": str(self.path)}))
 
     @classmethod
@@ -73,17 +85,18 @@ class RunFolder:
         """The file of metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
-    def config(self, overrides: Sequence[str] = ()) -> Config:
+    def config(self, overrides: Sequence[str] = (), may_change: tuple[str, ...] = MAY_CHANGE) -> Config:
         """The run's complete configuration, with ``overrides`` of keys that do not make it another run.
 
         Raises:
-            ConfigError: An override is of a key that the result so far depends on.
+            ConfigError: An override is of a key that does not begin as one of ``may_change``.
         """
         for override in overrides:
-            if not override.startswith(MAY_CHANGE):
+            if not override.startswith(may_change):
+                known = ", ".join(key.rstrip("=.") for key in may_change)
                 raise ConfigError(
-                    f"{override!r} would make this another run; of an existing one only {', '.join(MAY_CHANGE)} may "
-                    "be changed: start a new run for the rest"
+                    f"{override!r} would make this another run; of an existing one only {known} may be changed: start "
+                    "a new run for the rest"
                 )
         return load(read_yaml(self.path / "config.yaml"), overrides)
 
@@ -144,7 +157,9 @@ class RunFolder:
         return records
 
     def forget_after(self, step: int) -> None:
-        """Drops the metrics of steps after ``step``, which a resumed run computes again."""
+        """Drops the summary, and the metrics of steps after ``step``, which a resumed run computes again."""
+        with storage_errors(self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)
         if self.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
             self._replace(self.metrics.name, "".join(kept))
@@ -155,15 +170,20 @@ class RunFolder:
         with storage_errors(self.path / name):
             checkpoint.write_durably(temporary, text.encode())
             temporary.replace(self.path / name)
+            checkpoint.sync_folder(self.path)
 
     @contextmanager
     def lock(self) -> Generator[None]:
-        """Holds the run against a second process.
+        """Holds the run, whose folder is made if it is not there, against a second process.
 
         Raises:
             RunError: Another process is at it.
+            StorageError: The folder cannot be written.
         """
-        with storage_errors(self.path), open(self.path / ".lock", "w") as file:
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "w")  # noqa: SIM115
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

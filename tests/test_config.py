@@ -47,6 +47,13 @@ def test_overrides_are_read_as_yaml() -> None:
     assert config.outer.schedule.options == {"T_max": 1000}  # follows train.steps
 
 
+def test_another_component_starts_from_its_own_defaults() -> None:
+    config = complete(load("glyphs-5way-1shot-maml", ["algorithm.use=reptile", "algorithm.inner_steps=7"]))
+    assert config.algorithm.options["inner_lr"] == 1e-3  # and not MAML's 0.4
+    assert config.algorithm.options["inner_steps"] == 7
+    assert load("glyphs-5way-1shot-maml", ["algorithm.use=maml"]).algorithm.options["inner_lr"] == 0.4
+
+
 def test_the_environment_gives_data_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from distmeta.tasks.omniglot import Omniglot
 

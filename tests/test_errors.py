@@ -48,7 +48,13 @@ TABLE = {
     "one way": ["tasks.ways=1", "tasks.ways is 1; it must be 2 or more"],
     "too many ways": ["tasks.ways=5000", "fewer than the 5000 ways of a task: lower tasks.ways"],
     "too many shots": ["tasks.shots=20", "examples, fewer than"],
-    "model too deep": ["model.use=mlp model.downsample=stride", "model.filters: unknown key"],
+    "option of another model": ["model.use=mlp model.downsample=stride", "model.downsample: unknown key"],
+    "negative workers": ["scaling.num_workers=-1", "scaling.num_workers: input should be greater than or equal to 0"],
+    "schedule by metric": ["outer.schedule.use=ReduceLROnPlateau", "ReduceLROnPlateau follows a metric"],
+    "no schedule": ["outer.schedule.use=Counter", "'Counter' is not known"],
+    "rate twice": ["outer.options.lr=7", "outer.options.lr: set outer.lr instead"],
+    "infinite outer rate": ["outer.lr=.inf", "outer.lr: input should be a finite number"],
+    "negative size": ["model.use=mlp model.hidden=[-1]", "model: MLP refused its options"],
     "device": ["scaling.workers=1", "scaling.workers: unknown key"],
     "no equals sign": ["steps", "'steps' is not an override; give key=value"],
     "bad interpolation": ["train.steps=${no.such}", "the configuration cannot be read"],
@@ -119,6 +125,8 @@ def test_running_statistics_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     result = run("train", "glyphs-5way-1shot-maml", *FAST, "model={use: 'mine:net'}", "model.filters=4")
     assert "model.filters: unknown key" in result.stderr
+    result = run("train", "glyphs-5way-1shot-maml", *FAST, "model.use=mine:net")  # drops the options of conv4
+    assert "keeps running statistics" in result.stderr
     config = tmp_path / "mine.yaml"
     config.write_text(yaml.safe_dump({"model": {"use": "mine:net", "width": 8}}))
     result = run("train", config, *FAST)
@@ -175,7 +183,7 @@ def test_adapt_refuses_what_it_cannot_use(glyph_run: Path, tmp_path: Path) -> No
     assert run("evaluate", glyph_run, "--checkpoint", "77").exit_code == 2
     assert run("evaluate", glyph_run, "--episodes", "0").exit_code == 2
     if not torch.cuda.is_available():
-        result = run("evaluate", glyph_run, "scaling.use_gpu=true", "scaling.num_workers=0")
+        result = run("evaluate", glyph_run, "--episodes", "2", "scaling.use_gpu=true", "scaling.num_workers=0")
         assert result.exit_code == 2
         assert "torch sees no GPU" in result.stderr
 

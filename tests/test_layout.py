@@ -111,6 +111,9 @@ def test_a_task_that_ends_its_workers_is_named(ray_cluster: None) -> None:
         with pytest.raises(WorkerError, match=r"tasks 0-1 of step 0 \(split val\) have lost 4 workers"):
             pool.map("evaluate", theta, shards_of("val", 0, 2, 2))
     with RayPool(problem, Scaling(num_workers=1), most=2) as pool:
+        wrong = theta[:-3]  # a vector that does not fit the model: the worker's error arrives as one line
+        with pytest.raises(WorkerError, match=r"evaluate of tasks 0-1 of step 0 .* failed: ValueError: a vector of"):
+            pool.map("evaluate", wrong, shards_of("train", 0, 2, 2))
         with pytest.raises(WorkerError, match=r"building task 0 of step 0 .* OSError: the disk is gone"):
             pool.map("evaluate", theta, shards_of("test", 0, 2, 2))
 

@@ -18,7 +18,7 @@ from distmeta.errors import ConfigError, RunError, StorageError
 from distmeta.pictures import running_mean
 from distmeta.report import report
 from distmeta.runs import RunFolder
-from distmeta.train import train
+from distmeta.training import train
 
 TINY = (
     "scaling.num_workers=0",

@@ -64,4 +64,4 @@ class MAML(MetaAlgorithm):
             gradient, value, metrics = grad_and_value(
                 lambda theta: query_loss(adapt(theta, True)), meta.model, create_graph=False
             )
-        return MetaGradient(MetaParams(gradient, {}), {"loss": value} | metrics)
+        return MetaGradient(MetaParams(gradient, {}), metrics | {"loss": value})

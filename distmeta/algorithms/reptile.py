@@ -60,7 +60,7 @@ class Reptile(MetaAlgorithm):
         end = last(self._unroll(meta, task, loss, self.inner_steps, self.batch_size))
         assert end.loss is not None  # inner_steps >= 1
         difference = {name: tensor - end.params[name] for name, tensor in meta.model.items()}
-        return MetaGradient(MetaParams(difference, {}), {"loss": end.loss} | end.metrics)
+        return MetaGradient(MetaParams(difference, {}), end.metrics | {"loss": end.loss})
 
 
 def mini_batches(task: Task, size: int | None) -> Callable[[Params, int], Batch]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -78,6 +80,15 @@ class ModuleLoss:
         return {
             name: tensor.detach().clone() for name, tensor in self.module.named_parameters() if tensor.requires_grad
         }
+
+    def constants(self) -> str:
+        """A checksum of all that f depends on beside theta: frozen parameters and buffers."""
+        digest = hashlib.sha256()
+        fixed = [(name, tensor) for name, tensor in self.module.named_parameters() if not tensor.requires_grad]
+        for name, tensor in [*fixed, *self.module.named_buffers()]:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def predict(self, params: Params, *inputs: Tensor) -> Tensor:
         """f_theta(x)."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -17,20 +19,23 @@ import numpy as np
 import ray
 from ray.exceptions import (
     AuthenticationError,
+    NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
 
 from distmeta.config import Scaling
 from distmeta.core.types import Task
-from distmeta.distributed.work import Problem, Shard, ShardResult, Work
-from distmeta.errors import DistmetaError, ResourceError, WorkerError
+from distmeta.distributed.work import Problem, Shard, ShardResult, Work, span
+from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
 log = logging.getLogger("distmeta")
 
-LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 QUEUED = 2  # shards that a worker has at a time: one to compute, one to begin at once after it
 TRIES = 4  # workers that a shard may lose before it is taken for the cause
 
@@ -146,11 +151,13 @@ class RayPool:
                 self._workers[worker] = ray.get(ref)
             except RayTaskError as error:
                 raise _unwrap(error) from None
-            except RayActorError as error:
+                self._stillborn = 0
+            except LOST as error:
+                self._workers.pop(worker, None)
                 self._stillborn += 1
                 if self._stillborn >= TRIES:
-                    raise WorkerError(f"{TRIES} workers died while starting: {_one_line(error)}") from error
-                log.warning("a worker died while starting (%s): another one is started", _one_line(error))
+                    raise WorkerError(f"{TRIES} workers died while starting: {one_line(error)}") from error
+                log.warning("a worker died while starting (%s): another one is started", one_line(error))
                 self._add_worker()
 
     def map(
@@ -163,7 +170,8 @@ class RayPool:
         running: dict[ray.ObjectRef, tuple[Any, int]] = {}
         load: Counter[Any] = Counter()
         tries: Counter[int] = Counter()
-        ahead = _ahead(upcoming, len(self._workers))
+        # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
+        ahead = {w: upcoming[i :: len(self._workers)][:QUEUED] for i, w in enumerate(self._workers)}
         while len(results) < len(shards):
             while waiting and self._workers:
                 worker = min(self._workers, key=lambda w: load[w])  # the first of the least loaded
@@ -191,9 +199,11 @@ class RayPool:
                     self._replace(worker, error, shards[index], tries[index])
                 except RayTaskError as error:
                     raise _unwrap(error) from None
+                except RayError as error:
+                    raise WorkerError(f"Ray failed at {span(shards[index])}: {one_line(error)}") from error
                 else:
-                    if not waiting and not load[worker] and ahead and worker in self._workers:
-                        worker.prepare.remote(ahead.popleft())
+                    if not waiting and not load[worker] and worker in ahead:
+                        worker.prepare.remote(ahead.pop(worker))
         return [results[index] for index in range(len(shards))]
 
     def _replace(self, worker: Any, error: Exception, shard: Shard, tries: int) -> None:
@@ -202,16 +212,14 @@ class RayPool:
         process = self._workers.pop(worker, None)
         if process is not None:
             log.warning(
-                "worker %d was lost at tasks %d-%d of step %d (%s): another worker redoes them",
-                process, shard.first, shard.first + shard.size - 1, shard.step, type(error).__name__,
-            )  # fmt: skip
+                "worker %d was lost at %s (%s): another worker redoes them", process, span(shard), type(error).__name__
+            )
             ray.kill(worker)
             self._add_worker()
         if tries >= TRIES:
             raise WorkerError(
-                f"tasks {shard.first}-{shard.first + shard.size - 1} of step {shard.step} (split {shard.split}) have "
-                f"lost {tries} workers in a row: {_one_line(error)}. They may need more memory than a worker has; "
-                "lower train.shard_size or the size of a task"
+                f"{span(shard)} have lost {tries} workers in a row: {one_line(error)}. They may need more memory than "
+                "a worker has; lower train.shard_size or the size of a task"
             ) from error
 
     def close(self) -> None:
@@ -229,28 +237,27 @@ class RayPool:
         self.close()
 
 
-def _ahead(upcoming: Sequence[Shard], workers: int) -> deque[list[Shard]]:
-    """For each worker the shards of the next call that it is likely to be sent first."""
-    return deque([list(upcoming[w :: max(workers, 1)])[:QUEUED] for w in range(min(workers, len(upcoming)))])
-
-
 def _connect(scaling: Scaling) -> None:
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True, "namespace": "distmeta"}
     start = time.perf_counter()
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, **quiet)
         else:
             # A worker per core is the rule; who asks for more on one machine gets them, sharing the cores.
             wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
-            cores = max(os.cpu_count() or 1, int(np.ceil(wanted)))
+            cores = int(np.ceil(wanted)) if wanted > len(os.sched_getaffinity(0)) else None
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     except (ConnectionError, AuthenticationError, ValueError, RuntimeError) as error:
         raise ResourceError(
-            f"the Ray cluster {address or 'of this machine'} cannot be joined ({_one_line(error)}); is it up, and is "
+            f"the Ray cluster {address or 'of this machine'} cannot be joined ({one_line(error)}); is it up, and is "
             "RAY_AUTH_MODE=token set here if it uses tokens?"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # ray.init sets a handler of its own, which exits with 15
     log.info("Ray is ready after %.1f s", time.perf_counter() - start)
 
 
@@ -259,8 +266,4 @@ def _unwrap(error: RayTaskError) -> DistmetaError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, DistmetaError):
         return cause
-    return WorkerError(f"a worker failed: {type(cause).__name__}: {_one_line(cause or error)}\n{error}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return WorkerError(f"a worker failed: {type(cause).__name__}: {one_line(cause or error)}")

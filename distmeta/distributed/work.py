@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from distmeta.core.loss import ModuleLoss, uses_batch_statistics
 from distmeta.core.params import Layout, join, split
 from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import Batch, Episode, MetaGradient, MetaParams, Params, Split, Task, TaskDistribution
-from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError
+from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError, one_line
 
 Work = Literal["meta_gradient", "evaluate", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap"]
@@ -63,19 +64,39 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
     The state of the global generator, which dropout uses, is set from ``seed`` and restored at the end.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
-    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
         torch.manual_seed(seed)
         try:
             yield
         finally:
             torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(before[1])
+            torch.set_float32_matmul_precision(before[1])
             torch.backends.cudnn.benchmark = before[2]
+            torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
+@contextmanager
+def named(what: str) -> Generator[None]:
+    """Within this context an exception becomes a `WorkerError` that says what failed, its traceback kept as a note."""
+    try:
+        yield
+    except DistmetaError:
+        raise
+    except Exception as error:
+        failure = WorkerError(f"{what} failed: {type(error).__name__}: {one_line(error)}")
+        failure.add_note(traceback.format_exc())  # a cause would be lost on the way from a worker
+        raise failure from error
+
+
+def span(shard: Shard) -> str:
+    """The shard's tasks, for messages."""
+    return f"tasks {shard.first}-{shard.first + shard.size - 1} of step {shard.step} (split {shard.split})"
 
 
 @dataclass
@@ -107,6 +128,7 @@ class Problem:
 
         Raises:
             NumericalError: A loss or a gradient is not finite; the message names the task.
+            WorkerError: A task, the model or the loss raised; the message names the tasks.
         """
         start = time.perf_counter()
         tasks = self.build(shard) if tasks is None else tasks
@@ -115,7 +137,7 @@ class Problem:
         self.loss.module.train(work == "meta_gradient")
         meta = split(self.layout.unpack(vector, self.device))
         tasks = [to_device(task, self.device) for task in tasks]
-        with reproducible(self.threads, torch_seed(self.seed, work, *shard)):
+        with reproducible(self.threads, torch_seed(self.seed, work, *shard)), named(f"{work} of {span(shard)}"):
             if work == "meta_gradient":
                 total, metrics = self._meta_gradients(meta, tasks, shard)
             else:
@@ -130,14 +152,8 @@ class Problem:
         """The shard's tasks, each from its own random stream."""
         tasks: list[Task] = []
         for index in range(shard.first, shard.first + shard.size):
-            try:
+            with named(f"building {self._name(shard, index)}"):
                 tasks.append(self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split))
-            except DistmetaError:
-                raise
-            except Exception as error:
-                raise WorkerError(
-                    f"building {self._name(shard, index)} failed: {type(error).__name__}: {error}"
-                ) from error
         return tasks
 
     def _name(self, shard: Shard, index: int) -> str:
@@ -213,7 +229,7 @@ class Problem:
         for params, *_ in self.algorithm.trajectory(meta, task, self.loss):
             with torch.no_grad():
                 value, metrics = self.loss(params, task.query(params))
-            rows.append({name: m.cpu().double().numpy() for name, m in ({"loss": value} | metrics).items()})
+            rows.append({name: m.cpu().double().numpy() for name, m in (metrics | {"loss": value}).items()})
         result = stack_metrics(rows)
         if inductive and "accuracy" in result and uses_batch_statistics(self.loss.module):
             result["accuracy_inductive"] = np.asarray(self._inductive_accuracy(params, task))

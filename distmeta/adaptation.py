@@ -21,11 +21,11 @@ from distmeta.distributed.work import reproducible
 from distmeta.errors import ConfigError, RunError
 from distmeta.evaluation import Evaluation, evaluate_tasks
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
-from distmeta.outer import check_same
+from distmeta.outer import check_constants, check_same
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.pictures import folder_of_classes, folder_of_images
-from distmeta.train import executor_of
+from distmeta.training import executor_of
 
 
 class Adapted:
@@ -63,9 +63,11 @@ def restore(run: RunFolder, experiment: Experiment, which: str) -> Params:
     Raises:
         CheckpointError: It is missing or damaged, or does not fit the experiment's model.
     """
-    params = run.checkpoint(which).params
-    check_same(params, dict(zip(experiment.problem.layout.names, experiment.problem.layout.shapes, strict=True)))
-    return params
+    saved = run.checkpoint(which)
+    layout = experiment.problem.layout
+    check_same(saved.params, dict(zip(layout.names, layout.shapes, strict=True)))
+    check_constants(saved.state["constants"], experiment.problem)
+    return saved.params
 
 
 def adapt(
@@ -115,7 +117,7 @@ def evaluate(
     tasks: TaskDistribution | None = None,
     algorithm: MetaAlgorithm | None = None,
 ) -> Evaluation:
-    """Judges a run by unseen test tasks, before adaptation and after each inner step.
+    """Judges a run by unseen test tasks, the same ones each time, before adaptation and after each inner step.
 
     Args:
         run: A run, or its folder.
@@ -131,11 +133,12 @@ def evaluate(
         DistmetaError: See `distmeta.errors`.
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    experiment = assemble(run.config(overrides), model=model, loss=loss, tasks=tasks, algorithm=algorithm)
+    settings = run.config(overrides, may_change=("scaling.", "evaluation.", "data_root="))
+    experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
     config, problem = experiment.config, experiment.problem
     count = config.evaluation.tasks if episodes is None else episodes
-    if count < 1:
-        raise ConfigError(f"episodes must be at least 1; given: {count}")
+    if count < 2:
+        raise ConfigError(f"episodes must be at least 2, for there to be an interval; given: {count}")
     vector = problem.layout.pack(restore(run, experiment, checkpoint))
     shards = -(-count // config.evaluation.shard_size)
     with executor_of(config, problem, shards) as executor:
