@@ -119,8 +119,33 @@ def test_reptile_is_the_displacement_of_torch_optimizers(optimizer: str) -> None
         rule.zero_grad()
         cross_entropy(model(x), y)[0].backward()
         rule.step()
-    adapted = problem.layout.pack({f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    assert relative_error(ours, theta - adapted) < 1e-9
+    moved = split(problem.layout.unpack(ours)).model
+    before = split(problem.layout.unpack(theta)).model
+    for name, parameter in model.named_parameters():
+        assert relative_error(before[name] - moved[name], parameter.detach()) < 1e-9
+    if optimizer == "adam":  # the second moment moves as well, and goes on from there
+        moments = split(problem.layout.unpack(theta - ours)).extra
+        for name, parameter in model.named_parameters():
+            theirs = rule.state[parameter]["exp_avg_sq"] / (1 - 0.999**5)
+            assert relative_error(moments[f"v.{name}"], theirs) < 1e-6
+
+
+def test_reptile_goes_on_with_the_second_moment() -> None:
+    """Two outer steps of one task, with ε = 1, are one long run of torch's Adam."""
+    model, shape = small_models(DOUBLE)["mlp"]
+    problem, theta = problem_of(Reptile(inner_lr=0.01, batch_size=None), model, Blobs(shape, dtype=DOUBLE))
+    rule = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.0, 0.999))
+    vector = theta
+    for step in range(2):
+        shard = Shard("train", step, 0, 1)
+        vector = vector - problem.run("meta_gradient", vector, shard).total
+        (task,) = problem.build(shard)
+        for _ in range(5):
+            rule.zero_grad()
+            cross_entropy(model(task.support_set[0]), task.support_set[1])[0].backward()
+            rule.step()
+    for name, tensor in split(problem.layout.unpack(vector)).model.items():
+        assert relative_error(tensor, model.get_parameter(name).detach()) < 1e-9
 
 
 def test_reptile_moves_theta_to_the_mean_of_the_adapted_weights() -> None:

@@ -14,6 +14,8 @@ from distmeta.core.seeds import stream
 from distmeta.core.types import Batch, MetaGradient, MetaParams, Params, Task, TaskLoss
 from distmeta.errors import at_least, positive
 
+MANY = 10**9  # updates after which Adam's bias correction is 1
+
 
 @dataclass(frozen=True)
 class Reptile(MetaAlgorithm):
@@ -23,8 +25,9 @@ class Reptile(MetaAlgorithm):
     update (their algorithm 2) is theta ← theta + ε (mean_i theta_i' − theta), that is: descend the mean of
     theta − theta_i' with plain SGD of rate ε (``outer: {use: SGD, lr: ε}``). The query set is not used in training.
 
-    Differences from the authors' code: Adam's second moment starts afresh for each task, where theirs is carried from
-    task to task in the order in which one process meets them, which would make a result depend on the workers.
+    As in the authors' code, Adam's second moment lives on from task to task. Theirs passes through the tasks in the
+    order in which one process meets them; here all tasks of a meta-batch start from the same one, and it moves to the
+    mean of theirs just as theta does, so that nothing depends on the order or on who computes what.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -44,23 +47,36 @@ class Reptile(MetaAlgorithm):
             if getattr(self, key) is not None:
                 at_least(f"algorithm.{key}", getattr(self, key), 0 if key == "test_inner_steps" else 1)
 
+    def init(self, params: Params) -> MetaParams:
+        """theta, and the second moment v̂ of Adam, which is 0 before the first step."""
+        if self.inner_optimizer == "sgd":
+            return MetaParams(params, {})
+        return MetaParams(params, {f"v.{name}": torch.zeros_like(tensor) for name, tensor in params.items()})
+
     def _unroll(
-        self, meta: MetaParams, task: Task, loss: TaskLoss, steps: int, batch_size: int | None
+        self, meta: MetaParams, task: Task, loss: TaskLoss, steps: int, batch_size: int | None, count: int
     ) -> Iterator[InnerStep]:
         optimizer = Adam(self.inner_lr) if self.inner_optimizer == "adam" else SGD(self.inner_lr)
-        return unroll(loss, meta.model, mini_batches(task, batch_size), optimizer, steps)
+        batches = mini_batches(task, batch_size)
+        return unroll(loss, meta.model, batches, optimizer, steps, state=meta.extra, count=count)
 
     def trajectory(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Iterator[InnerStep]:
         """theta_0, theta_1, …"""
         steps = self.inner_steps if self.test_inner_steps is None else self.test_inner_steps
-        return self._unroll(meta, task, loss, steps, self.test_batch_size)
+        # Before any training v̂ is 0, which is no estimate of anything: Adam then starts afresh.
+        count = MANY if any(bool(moment.any()) for moment in meta.extra.values()) else 0
+        return self._unroll(meta, task, loss, steps, self.test_batch_size, count)
 
     def meta_gradient(self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int) -> MetaGradient:
         """theta − theta'; the metrics are those of the last mini-batch of the inner loop."""
-        end = last(self._unroll(meta, task, loss, self.inner_steps, self.batch_size))
+        done = step * self.inner_steps
+        end = last(self._unroll(meta, task, loss, self.inner_steps, self.batch_size, done))
         assert end.loss is not None  # inner_steps >= 1
-        difference = {name: tensor - end.params[name] for name, tensor in meta.model.items()}
-        return MetaGradient(MetaParams(difference, {}), end.metrics | {"loss": end.loss})
+        difference = MetaParams(
+            {name: tensor - end.params[name] for name, tensor in meta.model.items()},
+            {name: tensor - end.state[name] for name, tensor in meta.extra.items()},
+        )
+        return MetaGradient(difference, end.metrics | {"loss": end.loss})
 
 
 def mini_batches(task: Task, size: int | None) -> Callable[[Params, int], Batch]:

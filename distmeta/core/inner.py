@@ -34,11 +34,14 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam (Kingma & Ba, 2015, algorithm 1), bias-corrected, with beta1 = 0 by default as Nichol et al. (2018) use it.
+    """Adam (Kingma & Ba, 2015, algorithm 1), with beta1 = 0 by default as Nichol et al. (2018) use it.
 
     With beta1 = 0 there is no momentum that one mini-batch would hand to the next, only the running scale v:
 
-        v ← beta2 v + (1 − beta2) g²,   theta ← theta − lr · g / (√(v / (1 − beta2^t)) + eps)
+        theta ← theta − lr · g / (√v̂ + eps),   v̂ = v / (1 − beta2^t),   v ← beta2 v + (1 − beta2) g²
+
+    The state holds the bias-corrected v̂ (and m̂), which follow v̂ ← w v̂ + (1 − w) g², w = beta2 (1 − beta2^(t−1)) /
+    (1 − beta2^t): 0 at the first step, and beta2 after many.
     """
 
     lr: float
@@ -47,25 +50,18 @@ class Adam:
     eps: float = 1e-8
 
     def step(self, params: Params, gradient: Params, state: Params, count: int) -> tuple[Params, Params]:
-        """One update; the state holds v, and m where beta1 > 0, under ``v.*`` and ``m.*``."""
+        """One update; the state holds v̂ under ``v.*`` and, where beta1 > 0, m̂ under ``m.*``."""
         moved: Params = {}
         new_state: Params = {}
-        # Both bias corrections are folded into the rate and eps: fewer passes over the parameters.
-        scale = (1 - self.beta2**count) ** 0.5
-        rate, eps = self.lr * scale / (1 - self.beta1**count), self.eps * scale
+        keep_v, keep_m = (beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in (self.beta2, self.beta1))
         for name, tensor in params.items():
             g = gradient[name]
-            if count == 1:
-                v = g * g * (1 - self.beta2)
-            else:
-                v = torch.addcmul(state[f"v.{name}"] * self.beta2, g, g, value=1 - self.beta2)
+            v = torch.addcmul(state[f"v.{name}"] * keep_v, g, g, value=1 - keep_v) if keep_v else g * g
             new_state[f"v.{name}"] = v
             if self.beta1:
-                g = g * (1 - self.beta1)
-                if count > 1:
-                    g = torch.add(g, state[f"m.{name}"], alpha=self.beta1)
+                g = torch.lerp(g, state[f"m.{name}"], keep_m) if keep_m else g
                 new_state[f"m.{name}"] = g
-            moved[name] = torch.addcdiv(tensor, g, v.sqrt() + eps, value=-rate)
+            moved[name] = torch.addcdiv(tensor, g, v.sqrt() + self.eps, value=-self.lr)
         return moved, new_state
 
 
@@ -78,6 +74,8 @@ class InnerStep(NamedTuple):
     """The support loss that the last step descended, at the parameters before it; None before the first step."""
     metrics: Metrics
     """The support metrics that belong to ``loss``."""
+    state: Params
+    """The state of the inner optimizer."""
 
 
 def unroll(
@@ -88,6 +86,8 @@ def unroll(
     steps: int,
     *,
     create_graph: bool = False,
+    state: Params | None = None,
+    count: int = 0,
 ) -> Iterator[InnerStep]:
     """theta_0 = theta, theta_{k+1} = U(theta_k, ∇L(theta_k; D_k)): yields theta_0, …, theta_steps.
 
@@ -98,17 +98,19 @@ def unroll(
         optimizer: U.
         steps: Number of updates.
         create_graph: Whether theta_k stays a differentiable function of theta, for second-order meta-gradients.
+        state: The state that U starts with, if it does not start afresh.
+        count: Number of updates that ``state`` has seen.
     """
-    state: Params = {}
+    state = {} if state is None else state
     if not create_graph:
         params = {name: tensor.detach() for name, tensor in params.items()}
-    yield InnerStep(params, None, {})
+    yield InnerStep(params, None, {}, state)
     for k in range(steps):
         batch = support(params, k)
         gradient, value, metrics = grad_and_value(lambda p, b=batch: loss(p, b), params, create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
-            params, state = optimizer.step(params, gradient, state, k + 1)
-        yield InnerStep(params, value, metrics)
+            params, state = optimizer.step(params, gradient, state, count + k + 1)
+        yield InnerStep(params, value, metrics, state)
 
 
 def last(steps: Iterator[InnerStep]) -> InnerStep:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -17,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import ray
+from ray import cloudpickle
 from ray.exceptions import (
     AuthenticationError,
     NodeDiedError,
@@ -30,7 +32,7 @@ from ray.exceptions import (
 
 from distmeta.config import Scaling
 from distmeta.core.types import Task
-from distmeta.distributed.work import Problem, Shard, ShardResult, Work, span
+from distmeta.distributed.work import Problem, Shard, ShardResult, Work, named, reproducible, span
 from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
 log = logging.getLogger("distmeta")
@@ -43,17 +45,26 @@ TRIES = 4  # workers that a shard may lose before it is taken for the cause
 class _Worker:
     """The actor: computes the shards that it is sent, and builds tasks ahead."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self) -> None:
         self.ahead: dict[Shard, list[Task]] = {}
 
-    def ready(self) -> int:
-        """The process of this worker, once it can work.
+    def ready(self, path: Sequence[str], pickled: bytes) -> int:
+        """The process of this worker, once it can work on the problem.
+
+        Args:
+            path: Where the driver finds modules: those that the problem's classes come from must be found here too.
+            pickled: The problem.
 
         Raises:
             ResourceError: There is no GPU where one is asked for.
+            WorkerError: The problem cannot be built here.
         """
+        sys.path += [entry for entry in path if entry not in sys.path]
+        with named("building the problem in a worker (its modules must be importable there)"):
+            self.problem: Problem = cloudpickle.loads(pickled)
         self.problem.check_device()
+        with reproducible(self.problem.threads, 0):  # torch loads much at its first use
+            pass
         return os.getpid()
 
     def prepare(self, shards: Sequence[Shard]) -> None:
@@ -86,7 +97,7 @@ class RayPool:
         try:
             self.size = self._size(most)
             self._check_resources()
-            self._problem = ray.put(problem)
+            self._problem = ray.put(cloudpickle.dumps(problem))  # pyright: ignore[reportPrivateImportUsage]
             gpus = scaling.gpus_per_worker if scaling.use_gpu else 0
             self._actor: Any = ray.remote(_Worker).options(
                 num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_restarts=0, max_task_retries=0
@@ -125,8 +136,8 @@ class RayPool:
             )
 
     def _add_worker(self) -> None:
-        worker: Any = self._actor.remote(self._problem)
-        self._starting[worker.ready.remote()] = worker
+        worker: Any = self._actor.remote()
+        self._starting[worker.ready.remote(sys.path, self._problem)] = worker
 
     def _wait_for_first(self) -> None:
         while not self._workers:
@@ -149,9 +160,9 @@ class RayPool:
             worker = self._starting.pop(ref)
             try:
                 self._workers[worker] = ray.get(ref)
+                self._stillborn = 0
             except RayTaskError as error:
                 raise _unwrap(error) from None
-                self._stillborn = 0
             except LOST as error:
                 self._workers.pop(worker, None)
                 self._stillborn += 1
@@ -168,18 +179,18 @@ class RayPool:
         waiting = deque(range(len(shards)))
         results: dict[int, ShardResult] = {}
         running: dict[ray.ObjectRef, tuple[Any, int]] = {}
-        load: Counter[Any] = Counter()
+        queues: dict[Any, list[int]] = {}
         tries: Counter[int] = Counter()
         # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
         ahead = {w: upcoming[i :: len(self._workers)][:QUEUED] for i, w in enumerate(self._workers)}
         while len(results) < len(shards):
             while waiting and self._workers:
-                worker = min(self._workers, key=lambda w: load[w])  # the first of the least loaded
-                if load[worker] >= QUEUED:
+                worker = min(self._workers, key=lambda w: len(queues.setdefault(w, [])))  # the first of the idlest
+                if len(queues[worker]) >= QUEUED:
                     break
                 index = waiting.popleft()
                 running[worker.run.remote(work, broadcast, shards[index])] = (worker, index)
-                load[worker] += 1
+                queues[worker].append(index)
             done, _ = ray.wait(
                 [*running, *self._starting], num_returns=1, timeout=None if running else self.scaling.start_timeout
             )
@@ -190,32 +201,35 @@ class RayPool:
                     self._admit([ref])
                     continue
                 worker, index = running.pop(ref)
-                load[worker] -= 1
                 try:
                     results[index] = ray.get(ref)
+                    queues[worker].remove(index)
                 except LOST as error:
-                    tries[index] += 1
                     waiting.appendleft(index)
-                    self._replace(worker, error, shards[index], tries[index])
+                    if worker in self._workers:
+                        at = queues[worker][0]  # the one it was computing; what was queued behind it is not to blame
+                        tries[at] += 1
+                        self._replace(worker, error, shards[at], tries[at])
                 except RayTaskError as error:
                     raise _unwrap(error) from None
                 except RayError as error:
                     raise WorkerError(f"Ray failed at {span(shards[index])}: {one_line(error)}") from error
                 else:
-                    if not waiting and not load[worker] and worker in ahead:
+                    if not waiting and not queues[worker] and worker in ahead:
                         worker.prepare.remote(ahead.pop(worker))
         return [results[index] for index in range(len(shards))]
 
     def _replace(self, worker: Any, error: Exception, shard: Shard, tries: int) -> None:
         """Lets go of a lost worker and starts another, without waiting for it."""
         self.retries += 1
-        process = self._workers.pop(worker, None)
-        if process is not None:
-            log.warning(
-                "worker %d was lost at %s (%s): another worker redoes them", process, span(shard), type(error).__name__
-            )
-            ray.kill(worker)
-            self._add_worker()
+        log.warning(
+            "worker %d was lost at %s (%s): another worker redoes them",
+            self._workers.pop(worker),
+            span(shard),
+            type(error).__name__,
+        )
+        ray.kill(worker)
+        self._add_worker()
         if tries >= TRIES:
             raise WorkerError(
                 f"{span(shard)} have lost {tries} workers in a row: {one_line(error)}. They may need more memory than "

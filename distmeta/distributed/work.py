@@ -133,11 +133,11 @@ class Problem:
         start = time.perf_counter()
         tasks = self.build(shard) if tasks is None else tasks
         built = time.perf_counter()
-        self.loss.module.to(self.device)
-        self.loss.module.train(work == "meta_gradient")
-        meta = split(self.layout.unpack(vector, self.device))
-        tasks = [to_device(task, self.device) for task in tasks]
-        with reproducible(self.threads, torch_seed(self.seed, work, *shard)), named(f"{work} of {span(shard)}"):
+        with named(f"{work} of {span(shard)}"), reproducible(self.threads, torch_seed(self.seed, work, *shard)):
+            self.loss.module.to(self.device)
+            self.loss.module.train(work == "meta_gradient")
+            meta = split(self.layout.unpack(vector, self.device))
+            tasks = [to_device(task, self.device) for task in tasks]
             if work == "meta_gradient":
                 total, metrics = self._meta_gradients(meta, tasks, shard)
             else:
