@@ -189,8 +189,8 @@ class Training:
         ):
             while self.outer.step < self.config.train.steps and not stop.requested:
                 self._step(run, metrics, progress)
+            self._save(run, metrics)
             if stop.requested:
-                self._save(run, metrics)
                 raise Stopped(run, self.outer.step)
             stop.at_once = True  # all is saved; the judgement can be repeated
             run.write_summary(self._summary(run, metrics, progress))
@@ -228,7 +228,7 @@ class Training:
         clock.seconds["checkpoint"], self._saving = self._saving, 0.0
         metrics.add(outer.step, settings.meta_batch_size, means | record, clock.seconds, self.executor.retries)
         is_best = self.best is not None and self.best["step"] == outer.step
-        if is_best or outer.step == settings.steps or outer.step % config.checkpoint.every == 0:
+        if is_best or outer.step % config.checkpoint.every == 0:
             self._save(run, metrics)
         elif outer.step % settings.log_every == 0:
             metrics.flush()
@@ -247,15 +247,8 @@ class Training:
         self._saving += clock.seconds["checkpoint"]
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
-        config = self.config
-        result = evaluate_tasks(
-            self.executor,
-            self.problem,
-            self.outer.vector(),
-            "val",
-            config.validation.tasks,
-            config.evaluation.shard_size,
-        )
+        tasks, shard_size = self.config.validation.tasks, self.config.evaluation.shard_size
+        result = evaluate_tasks(self.executor, self.problem, self.outer.vector(), "val", tasks, shard_size)
         metrics.validation(self.outer.step, result)
         progress.say(f"step {self.outer.step}: validation {describe(result)}")
         if better(result, self.best["value"] if self.best else None):

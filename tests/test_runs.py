@@ -68,6 +68,12 @@ def test_a_run_folder_holds_what_the_design_says(trained: RunFolder) -> None:
     assert distmeta.config.load(trained.path / "config.yaml") == config
 
 
+def test_no_steps_judge_the_untrained_model(tmp_path: Path) -> None:
+    run = distmeta.train(None, *TINY, "train.steps=0", f"run_dir={tmp_path / 'run'}")
+    assert run.summary()["test"] == run.summary()["untrained"]
+    assert checkpoint.steps(run.checkpoints) == [0]
+
+
 def test_evaluation_repeats_the_summary(trained: RunFolder) -> None:
     again = distmeta.evaluate(trained, "scaling.num_workers=0")
     assert again == trained.summary()["test"]
