@@ -150,7 +150,7 @@ def explain(error: ValidationError, model: type[BaseModel], section: str = "") -
 
 def _is_branch(part: str) -> bool:
     """Whether pydantic put ``part`` in to name a member of a union."""
-    return part in ("int", "float", "str", "bool", "none", "Component") or "[" in part or part.startswith("constrained-")
+    return part in ("int", "float", "str", "bool", "none", "constrained-int", "Component") or "[" in part
 
 
 def _plain(problem: Any) -> str:
