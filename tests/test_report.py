@@ -207,7 +207,7 @@ def test_no_run(tmp_path: Path) -> None:
         ('{"kind": "other"}', "no known kind"),
         ('{"kind": "train", "step": 1}', "loss"),
         ('{"kind": "val", "step": 1}', "metric"),
-        ("\udcff", "cannot be read"),
+        ("\udcff", "is damaged"),
     ],
 )
 def test_damaged_metrics(copy: RunFolder, line: str, message: str) -> None:
