@@ -1,7 +1,7 @@
 """distmeta: distributed gradient-based meta-learning on Ray and PyTorch."""
 
 from distmeta.adaptation import Adapted, adapt, evaluate
-from distmeta.algorithms import MAML, MetaAlgorithm, Reptile
+from distmeta.algorithms import MAML, R2D2, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError
 from distmeta.runs import RunFolder
@@ -9,11 +9,16 @@ from distmeta.training import Stopped, resume, train
 
 __all__ = [
     "MAML",
+    "R2D2",
     "Adapted",
     "Batch",
     "DistmetaError",
     "Episode",
+    "MAMLpp",
     "MetaAlgorithm",
+    "MetaCurvature",
+    "MetaSGD",
+    "ProtoMAML",
     "Reptile",
     "RunFolder",
     "Split",

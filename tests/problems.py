@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmeta import Episode, MetaAlgorithm, Split, TaskSpec
+from distmeta import MAML, Episode, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile, Split, TaskSpec
 from distmeta.algorithms import ALGORITHMS
 from distmeta.core.loss import ModuleLoss, cross_entropy
 from distmeta.core.params import Layout, join
 from distmeta.distributed.work import Problem
-from distmeta.models import MLP, Conv4
+from distmeta.models import Conv4
+
+
+class HeadedMLP(nn.Module):
+    """A perceptron whose last layer has a name, for algorithms that treat the head apart."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh())
+        self.classifier = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.body(x))
 
 
 class Blobs:
@@ -48,7 +61,7 @@ def small_models(dtype: torch.dtype) -> dict[str, tuple[nn.Module, tuple[int, ..
     """Networks and the shape of their inputs: every kind of layer that the package offers."""
     torch.manual_seed(0)
     models: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-        "mlp": (MLP((3,), 3, (8, 8)), (3,)),
+        "mlp": (HeadedMLP(3, 3), (3,)),
         "conv4-stride": (Conv4((1, 16, 16), 3, filters=4), (1, 16, 16)),
         "conv4-pool": (Conv4((1, 16, 16), 3, filters=4, downsample="pool", head="flatten"), (1, 16, 16)),
     }
@@ -62,10 +75,20 @@ def small_models(dtype: torch.dtype) -> dict[str, tuple[nn.Module, tuple[int, ..
 
 def algorithms() -> dict[str, MetaAlgorithm]:
     """Every registered algorithm with its defaults but for a larger inner rate, and its variants."""
-    made: dict[str, MetaAlgorithm] = {name: kind(inner_lr=0.1) for name, kind in ALGORITHMS.items()}  # type: ignore[call-arg]
-    made["maml-3"] = ALGORITHMS["maml"](inner_lr=0.1, inner_steps=3)  # type: ignore[call-arg]
-    made["fomaml"] = ALGORITHMS["maml"](inner_lr=0.1, inner_steps=2, first_order=True)  # type: ignore[call-arg]
-    made["reptile-sgd"] = ALGORITHMS["reptile"](inner_lr=0.1, inner_optimizer="sgd", batch_size=4)  # type: ignore[call-arg]
+    made: dict[str, MetaAlgorithm] = {
+        name: kind(**({"inner_lr": 0.1} if "inner_lr" in inspect.signature(kind).parameters else {}))
+        for name, kind in ALGORITHMS.items()
+    }
+    made["maml-3"] = MAML(inner_lr=0.1, inner_steps=3)
+    made["fomaml"] = MAML(inner_lr=0.1, inner_steps=2, first_order=True)
+    made["anil"] = MAML(inner_lr=0.1, inner_steps=2, adapted_params=("classifier.*",))
+    made["boil"] = MAML(inner_lr=0.1, inner_steps=2, frozen_params=("classifier.*",))
+    made["meta-sgd-2"] = MetaSGD(inner_lr=0.1, inner_steps=2)
+    made["meta-curvature-2"] = MetaCurvature(inner_lr=0.1, inner_steps=2)
+    made["maml-pp-multi-step"] = MAMLpp(inner_lr=0.1, inner_steps=3, multi_step_until=10)
+    made["maml-pp-annealed"] = MAMLpp(inner_lr=0.1, inner_steps=2, first_order_until=10)
+    made["protonet"] = ProtoMAML(inner_steps=0)
+    made["reptile-sgd"] = Reptile(inner_lr=0.1, inner_optimizer="sgd", batch_size=4)
     return made
 
 

@@ -5,9 +5,32 @@ distribution follow from that.
 """
 
 from distmeta.algorithms.maml import MAML
+from distmeta.algorithms.maml_pp import MAMLpp
+from distmeta.algorithms.meta_curvature import MetaCurvature
+from distmeta.algorithms.meta_sgd import MetaSGD
+from distmeta.algorithms.protomaml import ProtoMAML
+from distmeta.algorithms.r2d2 import R2D2
 from distmeta.algorithms.reptile import Reptile
 from distmeta.core.algorithm import MetaAlgorithm
 
-ALGORITHMS: dict[str, type[MetaAlgorithm]] = {"maml": MAML, "reptile": Reptile}
+ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
+    "maml": MAML,
+    "maml-pp": MAMLpp,
+    "meta-curvature": MetaCurvature,
+    "meta-sgd": MetaSGD,
+    "protomaml": ProtoMAML,
+    "r2d2": R2D2,
+    "reptile": Reptile,
+}
 
-__all__ = ["ALGORITHMS", "MAML", "MetaAlgorithm", "Reptile"]
+__all__ = [
+    "ALGORITHMS",
+    "MAML",
+    "R2D2",
+    "MAMLpp",
+    "MetaAlgorithm",
+    "MetaCurvature",
+    "MetaSGD",
+    "ProtoMAML",
+    "Reptile",
+]

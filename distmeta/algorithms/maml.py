@@ -1,22 +1,20 @@
-"""MAML: model-agnostic meta-learning (Finn, Abbeel, Levine, ICML 2017)."""
+"""MAML: model-agnostic meta-learning (Finn, Abbeel, Levine, ICML 2017), with ANIL and BOIL as settings of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated
 
-from torch import Tensor
-
-from distmeta.core.algorithm import MetaAlgorithm
-from distmeta.core.gradients import grad_and_value
-from distmeta.core.inner import SGD, InnerStep, last, unroll
-from distmeta.core.types import MetaGradient, MetaParams, Metrics, Params, Task, TaskLoss
-from distmeta.errors import at_least, positive
+from distmeta.core.algorithm import Bilevel
+from distmeta.core.inner import SGD, InnerOptimizer, InnerStep, Order, unroll
+from distmeta.core.types import MetaParams, Params, Task, TaskLoss
+from distmeta.errors import ConfigError, at_least, positive
 
 
 @dataclass(frozen=True)
-class MAML(MetaAlgorithm):
+class MAML(Bilevel):
     """Learns an initialisation from which a few gradient steps solve a new task.
 
     Inner loop (their eq. 1), K steps on the support set S:  theta_{k+1} = theta_k − α ∇L(theta_k; S),  theta_0 = theta.
@@ -26,14 +24,20 @@ class MAML(MetaAlgorithm):
 
     With ``first_order`` the second derivatives are left out (their section 5.2): ∇L(theta_K; Q).
 
+    The inner loop moves the parameters that match ``adapted_params`` and do not match ``frozen_params``; the outer loop
+    learns all of them. ANIL (Raghu et al., ICLR 2020) adapts the head alone: ``adapted_params: ["classifier.*"]`` for
+    the network ``conv4``. BOIL (Oh et al., ICLR 2021) adapts all but the head: ``frozen_params: ["classifier.*"]``.
+
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or a pattern matches no parameter of the model.
     """
 
     inner_lr: Annotated[float, "inner learning rate, alpha"] = 0.01
     inner_steps: Annotated[int, "gradient steps of the inner loop in meta-training, K"] = 1
     test_inner_steps: Annotated[int | None, "inner steps in evaluation and adaptation; null: inner_steps"] = None
     first_order: Annotated[bool, "leave out second derivatives (FOMAML): cheaper, often nearly as good"] = False
+    adapted_params: Annotated[tuple[str, ...], "name patterns of the parameters that the inner loop moves"] = ("*",)
+    frozen_params: Annotated[tuple[str, ...], "name patterns of parameters that it leaves alone"] = ()
 
     def __post_init__(self) -> None:
         positive("algorithm.inner_lr", self.inner_lr)
@@ -41,27 +45,53 @@ class MAML(MetaAlgorithm):
         if self.test_inner_steps is not None:
             at_least("algorithm.test_inner_steps", self.test_inner_steps, 0)
 
-    def trajectory(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Iterator[InnerStep]:
-        """theta_0, theta_1, …"""
-        steps = self.inner_steps if self.test_inner_steps is None else self.test_inner_steps
-        return unroll(loss, meta.model, task.support, SGD(self.inner_lr), steps)
+    def init(self, params: Params) -> MetaParams:
+        """theta alone."""
+        self.moving(params)
+        return MetaParams(params, {})
 
-    def meta_gradient(self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int) -> MetaGradient:
-        """∇_theta L(theta_K(theta); Q); the metrics are those of the query set at theta_K."""
-
-        def adapt(theta: Params, create_graph: bool) -> Params:
-            optimizer = SGD(self.inner_lr)
-            return last(
-                unroll(loss, theta, task.support, optimizer, self.inner_steps, create_graph=create_graph)
-            ).params
-
-        def query_loss(adapted: Params) -> tuple[Tensor, Metrics]:
-            return loss(adapted, task.query(adapted))
-
-        if self.first_order:
-            gradient, value, metrics = grad_and_value(query_loss, adapt(meta.model, False), create_graph=False)
-        else:
-            gradient, value, metrics = grad_and_value(
-                lambda theta: query_loss(adapt(theta, True)), meta.model, create_graph=False
+    def moving(self, params: Params) -> list[str]:
+        """The names of ``params`` that the inner loop moves."""
+        for key, patterns in (("adapted_params", self.adapted_params), ("frozen_params", self.frozen_params)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in params):
+                    raise ConfigError(
+                        f"algorithm.{key}: {pattern!r} matches no parameter of the model; they are {', '.join(params)}"
+                    )
+        names = [n for n in params if _matches(n, self.adapted_params) and not _matches(n, self.frozen_params)]
+        if not names:
+            raise ConfigError(
+                "algorithm.adapted_params and algorithm.frozen_params leave no parameter for the inner loop to move"
             )
-        return MetaGradient(MetaParams(gradient, {}), metrics | {"loss": value})
+        return names
+
+    def inner_loop(
+        self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
+    ) -> Iterator[InnerStep]:
+        """theta_0, theta_1, …, theta_K."""
+        steps = self.inner_steps if step is not None or self.test_inner_steps is None else self.test_inner_steps
+        return unroll(
+            loss,
+            self.start(meta, task, loss),
+            task.support,
+            self.optimizer(meta),
+            steps,
+            order=0 if step is None else self.order(step),
+            adapted=self.moving(meta.model),
+        )
+
+    def start(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Params:
+        """theta_0."""
+        return meta.model
+
+    def optimizer(self, meta: MetaParams) -> InnerOptimizer:
+        """The update rule of the inner loop."""
+        return SGD(self.inner_lr)
+
+    def order(self, step: int) -> Order:
+        """The order of the derivatives taken in outer step ``step``."""
+        return 1 if self.first_order else 2
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+from torch import Tensor
+
+from distmeta.core.gradients import grad_and_value
 from distmeta.core.inner import InnerStep, last
-from distmeta.core.types import MetaGradient, MetaParams, Params, Task, TaskLoss
+from distmeta.core.params import join, split
+from distmeta.core.types import MetaGradient, MetaParams, Metrics, Params, Task, TaskLoss
 
 
 class MetaAlgorithm(ABC):
@@ -34,3 +38,40 @@ class MetaAlgorithm(ABC):
 
         The driver descends the *mean* of these over the meta-batch.
         """
+
+
+class Bilevel(MetaAlgorithm):
+    """An algorithm that descends the query loss after adaptation, differentiated through the adaptation.
+
+    With omega all the meta-parameters, S the support set and Q the query set:
+
+        ∇_omega L(theta_K(omega; S); Q)
+
+    A subclass says how theta_K comes from omega and S.
+    """
+
+    @abstractmethod
+    def inner_loop(
+        self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
+    ) -> Iterator[InnerStep]:
+        """theta_0, …, theta_K.
+
+        ``step`` is the outer step in meta-training, where theta_k must be a differentiable function of ``meta``, and
+        None at test time.
+        """
+
+    def trajectory(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Iterator[InnerStep]:
+        """See `MetaAlgorithm.trajectory`."""
+        return self.inner_loop(meta, task, loss)
+
+    def objective(self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int) -> tuple[Tensor, Metrics]:
+        """L(theta_K; Q), the function of ``meta`` that the outer loop descends, and the metrics of the query set."""
+        adapted = last(self.inner_loop(meta, task, loss, step=step)).params
+        return loss(adapted, task.query(adapted))
+
+    def meta_gradient(self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int) -> MetaGradient:
+        """The gradient of `objective` with respect to all meta-parameters."""
+        gradient, value, metrics = grad_and_value(
+            lambda joined: self.objective(split(joined), task, loss, step=step), join(meta), create_graph=False
+        )
+        return MetaGradient(split(gradient), metrics | {"loss": value})

@@ -49,7 +49,9 @@ def grad_and_value(
         if not create_graph:
             gradient = {name: tensor.detach() for name, tensor in gradient.items()}
     else:
-        if not create_graph:
+        if create_graph:  # views are variables of their own, where one parameter was computed from another
+            params = {name: tensor.view_as(tensor) for name, tensor in params.items()}
+        else:
             params = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
             value, metrics = function(params)

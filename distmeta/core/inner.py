@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from distmeta.core.gradients import grad_and_value
 from distmeta.core.types import Batch, Metrics, Params, TaskLoss
+
+Order = Literal[0, 1, 2]
+"""Of the derivatives that an outer differentiation through the inner loop sees (see `unroll`)."""
 
 
 class InnerOptimizer(Protocol):
@@ -85,7 +88,8 @@ def unroll(
     optimizer: InnerOptimizer,
     steps: int,
     *,
-    create_graph: bool = False,
+    order: Order = 0,
+    adapted: Collection[str] | None = None,
     state: Params | None = None,
     count: int = 0,
 ) -> Iterator[InnerStep]:
@@ -97,19 +101,25 @@ def unroll(
         support: From theta_k and k to the support data D_k, as `distmeta.core.types.Task.support`.
         optimizer: U.
         steps: Number of updates.
-        create_graph: Whether theta_k stays a differentiable function of theta, for second-order meta-gradients.
+        order: What an outer differentiation sees of theta_k as a function of theta and of U's own parameters: 2, all;
+            1, the updates but not the derivatives of ∇L, which is then a constant; 0, nothing.
+        adapted: Names of the parameters that are updated; None for all. The others stay what they are in theta.
         state: The state that U starts with, if it does not start afresh.
         count: Number of updates that ``state`` has seen.
     """
     state = {} if state is None else state
-    if not create_graph:
+    if order == 0:
         params = {name: tensor.detach() for name, tensor in params.items()}
     yield InnerStep(params, None, {}, state)
     for k in range(steps):
         batch = support(params, k)
-        gradient, value, metrics = grad_and_value(lambda p, b=batch: loss(p, b), params, create_graph=create_graph)
-        with torch.set_grad_enabled(create_graph):
-            params, state = optimizer.step(params, gradient, state, count + k + 1)
+        moving = params if adapted is None else {name: t for name, t in params.items() if name in adapted}
+        gradient, value, metrics = grad_and_value(
+            lambda p, fixed=params, b=batch: loss(fixed | p, b), moving, create_graph=order == 2
+        )
+        with torch.set_grad_enabled(order > 0):
+            moving, state = optimizer.step(moving, gradient, state, count + k + 1)
+        params = params | moving
         yield InnerStep(params, value, metrics, state)
 
 

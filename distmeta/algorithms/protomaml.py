@@ -1,0 +1,62 @@
+"""ProtoMAML (Triantafillou et al., "Meta-Dataset", ICLR 2020), and prototypical networks as its case of no steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from distmeta.algorithms.maml import MAML
+from distmeta.core.heads import check_head, features, one_hot
+from distmeta.core.inner import InnerStep
+from distmeta.core.types import MetaParams, Params, Task, TaskLoss
+from distmeta.errors import at_least, positive
+
+
+@dataclass(frozen=True)
+class ProtoMAML(MAML):
+    """MAML whose linear head starts, in each task, as the nearest-prototype classifier of its support set.
+
+    With c_n the mean of the features of class n's support examples, −‖f − c_n‖² = 2 c_n·f − ‖c_n‖² − ‖f‖² (Snell et
+    al., NeurIPS 2017), so that the head
+
+        w_n = 2 c_n,   b_n = −‖c_n‖²
+
+    gives prototypical networks' probabilities. From there the inner loop moves head and body; the meta-gradient flows
+    through the prototypes. The head's own parameters in theta are not used. ``inner_steps: 0`` is a prototypical
+    network.
+
+    Raises:
+        ConfigError: A setting is out of range (see `MAML`), or the model has no such head.
+    """
+
+    inner_steps: Annotated[int, "gradient steps of the inner loop in meta-training, K; 0: prototypical network"] = 1
+    head: Annotated[str, "name of the model's last layer, an nn.Linear with bias"] = "classifier"
+
+    def __post_init__(self) -> None:
+        positive("algorithm.inner_lr", self.inner_lr)
+        for key in ("inner_steps", "test_inner_steps"):
+            if getattr(self, key) is not None:
+                at_least(f"algorithm.{key}", getattr(self, key), 0)
+
+    def init(self, params: Params) -> MetaParams:
+        """theta alone."""
+        check_head(params, self.head)
+        return super().init(params)
+
+    def inner_loop(
+        self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
+    ) -> Iterator[InnerStep]:
+        """theta, then theta with the head of prototypes, then the gradient steps from there."""
+        yield InnerStep(meta.model, None, {}, {})
+        yield from super().inner_loop(meta, task, loss, step=step)
+
+    def start(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Params:
+        """theta with the head made from prototypes."""
+        *inputs, label_S = task.support(meta.model, 0)
+        weight_NF = meta.model[f"{self.head}.weight"]
+        features_SF = features(loss, meta.model, self.head, *inputs)
+        member_SN = one_hot(label_S, len(weight_NF), weight_NF.dtype)
+        prototype_NF = member_SN.T @ features_SF / member_SN.sum(0)[:, None]
+        head = {f"{self.head}.weight": 2 * prototype_NF, f"{self.head}.bias": -prototype_NF.square().sum(1)}
+        return meta.model | head
