@@ -1,13 +1,14 @@
 """distmeta: distributed gradient-based meta-learning on Ray and PyTorch."""
 
 from distmeta.adaptation import Adapted, adapt, evaluate
-from distmeta.algorithms import MAML, R2D2, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile
+from distmeta.algorithms import IMAML, MAML, R2D2, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError
 from distmeta.runs import RunFolder
 from distmeta.training import Stopped, resume, train
 
 __all__ = [
+    "IMAML",
     "MAML",
     "R2D2",
     "Adapted",

@@ -9,7 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmeta import MAML, Episode, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile, Split, TaskSpec
+from distmeta import (
+    IMAML,
+    MAML,
+    Episode,
+    MAMLpp,
+    MetaAlgorithm,
+    MetaCurvature,
+    MetaSGD,
+    ProtoMAML,
+    Reptile,
+    Split,
+    TaskSpec,
+)
 from distmeta.algorithms import ALGORITHMS
 from distmeta.core.loss import ModuleLoss, cross_entropy
 from distmeta.core.params import Layout, join
@@ -79,6 +91,7 @@ def algorithms() -> dict[str, MetaAlgorithm]:
         name: kind(**({"inner_lr": 0.1} if "inner_lr" in inspect.signature(kind).parameters else {}))
         for name, kind in ALGORITHMS.items()
     }
+    made["imaml"] = IMAML(inner_lr=0.01, regularization=50.0)
     made["maml-3"] = MAML(inner_lr=0.1, inner_steps=3)
     made["fomaml"] = MAML(inner_lr=0.1, inner_steps=2, first_order=True)
     made["anil"] = MAML(inner_lr=0.1, inner_steps=2, adapted_params=("classifier.*",))

@@ -9,12 +9,12 @@ import torch
 from problems import Blobs, HeadedMLP, problem_of, relative_error
 from torch import nn
 
-from distmeta import MAML, R2D2, Episode, MAMLpp, MetaCurvature, MetaSGD, ProtoMAML
+from distmeta import IMAML, MAML, R2D2, Episode, MAMLpp, MetaCurvature, MetaSGD, ProtoMAML
 from distmeta.core.loss import ModuleLoss, cross_entropy, mse
 from distmeta.core.params import join, split
 from distmeta.core.types import MetaParams
 from distmeta.distributed.work import Shard
-from distmeta.errors import ConfigError
+from distmeta.errors import ConfigError, NumericalError
 from distmeta.models import MLP
 
 DOUBLE = torch.float64
@@ -174,6 +174,57 @@ def test_ridge_head_minimises_the_regularised_squared_error(network: HeadedMLP) 
     assert torch.equal(adapted["classifier.bias"], torch.zeros(3, dtype=DOUBLE))
 
 
+def linear_regression() -> tuple[ModuleLoss, Episode, torch.Tensor]:
+    """A quadratic support loss, and its Hessian 2 AᵀA/m."""
+    torch.manual_seed(3)
+    layer = nn.Linear(4, 1, bias=False).to(DOUBLE)
+    a, b, c, d = (torch.randn(6, n, dtype=DOUBLE) for n in (4, 1, 4, 1))
+    return ModuleLoss(layer, mse), Episode((a, b), (c, d)), 2 * a.T @ a / 6
+
+
+def test_imaml_on_a_quadratic_has_its_closed_form() -> None:
+    """phi = (H + lambda I)⁻¹ (2 Aᵀb/m + lambda theta), gradient = lambda (H + lambda I)⁻¹ ∇L(phi; Q)."""
+    loss, task, hessian = linear_regression()
+    params, strength = loss.init(), 0.7
+    (a, b), (c, d) = task
+    system = hessian + strength * torch.eye(4, dtype=DOUBLE)
+    phi = torch.linalg.solve(system, 2 * a.T @ b / 6 + strength * params["weight"].T)
+    query = 2 * c.T @ (c @ phi - d) / 6
+    algorithm = IMAML(inner_lr=0.1, inner_steps=600, regularization=strength, cg_steps=4)
+    result = algorithm.meta_gradient(MetaParams(params, {}), task, loss, step=0)
+    assert relative_error(algorithm.adapt(MetaParams(params, {}), task, loss)["weight"].T, phi) < 1e-12
+    expected = strength * torch.linalg.solve(system, query)
+    assert relative_error(result.gradient.model["weight"].T, expected) < 1e-9
+    assert float(result.metrics["cg_residual"]) < 1e-9
+    assert algorithm.complaint({"cg_residual": float(result.metrics["cg_residual"])}) is None
+
+
+def test_imaml_is_the_gradient_through_a_converged_inner_loop(network: nn.Module) -> None:
+    """Unrolled differentiation of the same inner loop, run until it stands still, is the oracle."""
+    settings = {"inner_lr": 0.2, "inner_steps": 300, "regularization": 2.0}
+    problem, theta = problem_of(IMAML(**settings, cg_steps=40), network, Blobs(dtype=DOUBLE))
+    ours = problem.run("meta_gradient", theta, Shard("train", 0, 0, 1)).total
+    task = first_task(problem)
+    start = {name: tensor.requires_grad_() for name, tensor in problem.loss.init().items()}
+    params = start
+    for _ in range(300):
+        value = problem.loss(params, task.support_set)[0]
+        value = value + sum((params[name] - start[name]).square().sum() for name in start)
+        gradients = torch.autograd.grad(value, list(params.values()), create_graph=True)
+        params = {name: t - 0.2 * g for (name, t), g in zip(params.items(), gradients, strict=True)}
+    query = problem.loss(params, task.query_set)[0]
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(query, list(start.values()))])
+    assert relative_error(ours, expected.numpy()) < 1e-8
+
+
+def test_conjugate_gradients_that_diverge_are_named(network: nn.Module) -> None:
+    algorithm = IMAML(inner_lr=0.1, regularization=1e-3, cg_steps=2)
+    problem, theta = problem_of(algorithm, network, Blobs(dtype=DOUBLE))
+    with pytest.raises(NumericalError, match=r"^task \d of step \d+ .*: conjugate gradients did not converge .*raise"):
+        for step in range(20):
+            problem.run("meta_gradient", 3 * theta, Shard("train", step, 0, 4))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
@@ -194,6 +245,8 @@ def test_settings_that_do_not_fit_the_model_are_refused(algorithm, message: str)
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
+        (IMAML, {"regularization": 0.0}, "algorithm.regularization"),
+        (IMAML, {"cg_steps": 0}, "algorithm.cg_steps"),
         (R2D2, {"ridge": 0.0}, "algorithm.ridge"),
         (R2D2, {"scale": -1.0}, "algorithm.scale"),
         (ProtoMAML, {"inner_steps": -1}, "algorithm.inner_steps"),

@@ -16,6 +16,7 @@ from problems import Blobs, problem_of
 
 import distmeta
 from distmeta import MAML, RunFolder
+from distmeta.algorithms import ALGORITHMS
 from distmeta.config import Scaling
 from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.ray import RayPool
@@ -61,6 +62,23 @@ def test_parameters_do_not_depend_on_the_layout(
     assert final_parameters(distmeta.resume(stopped.path, "train.steps=30", "scaling.num_workers=2")) == straight
     steps = [record["step"] for record in stopped.records() if record["kind"] == "train"]
     assert steps == [10, 17, 20, 30]
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"maml", "reptile"}))
+def test_every_algorithm_keeps_the_law(name: str, tmp_path: Path, ray_cluster: None) -> None:
+    """Straight in this process, and stopped and gone on with on two workers."""
+    algorithm = {"use": name} | ({"regularization": 1000.0, "inner_lr": 1e-4} if name == "imaml" else {})
+    settings = ["model.filters=4", "train.meta_batch_size=4", "train.shard_size=2", "tasks.train_queries=2"]
+    settings += ["validation.every=0", "evaluation.tasks=0", "checkpoint.every=2", "scaling.num_workers=0"]
+
+    def train(folder: str, steps: int) -> RunFolder:
+        overrides = [f"algorithm={json.dumps(algorithm)}", f"train.steps={steps}", f"run_dir={tmp_path / folder}"]
+        return distmeta.train("glyphs-5way-1shot-maml", *settings, *overrides, "outer.schedule=null")
+
+    straight, stopped = train("straight", 6), train("stopped", 3)
+    distmeta.resume(stopped.path, "train.steps=6", "scaling.num_workers=2")
+    one, other = ((run.checkpoints / "step-00000006" / "meta.safetensors").read_bytes() for run in (straight, stopped))
+    assert one == other
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ An algorithm is added by writing its file and naming its class here: configurati
 distribution follow from that.
 """
 
+from distmeta.algorithms.imaml import IMAML
 from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_pp import MAMLpp
 from distmeta.algorithms.meta_curvature import MetaCurvature
@@ -14,6 +15,7 @@ from distmeta.algorithms.reptile import Reptile
 from distmeta.core.algorithm import MetaAlgorithm
 
 ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
+    "imaml": IMAML,
     "maml": MAML,
     "maml-pp": MAMLpp,
     "meta-curvature": MetaCurvature,
@@ -25,6 +27,7 @@ ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
 
 __all__ = [
     "ALGORITHMS",
+    "IMAML",
     "MAML",
     "R2D2",
     "MAMLpp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -38,6 +38,10 @@ class MetaAlgorithm(ABC):
 
         The driver descends the *mean* of these over the meta-batch.
         """
+
+    def complaint(self, metrics: Mapping[str, float]) -> str | None:
+        """What is wrong with a task whose meta-gradient came with ``metrics``, and the remedy; None: nothing."""
+        return None
 
 
 class Bilevel(MetaAlgorithm):

@@ -181,6 +181,9 @@ class Problem:
             metrics = stack_metrics(rows)
         for i in np.flatnonzero(~np.isfinite(metrics["loss"])):
             raise NumericalError(self._not_finite("loss", float(metrics["loss"][i]), shard, shard.first + int(i)))
+        for i in range(shard.size):
+            if complaint := self.algorithm.complaint({name: float(values[i]) for name, values in metrics.items()}):
+                raise NumericalError(f"{self._name(shard, shard.first + i)}: {complaint}")
         return self.layout.pack(joined), metrics
 
     def vectorised(self, meta: MetaParams, tasks: list[Task], step: int) -> MetaGradient:
