@@ -197,9 +197,10 @@ def config(
     from distmeta.explain import explain_config
 
     if name is None:
+        width = max(map(len, packaged()))
         for known, path in packaged().items():
             about = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
-            print(f"{known:28} {about[0] if about else ''}")
+            print(f"{known:{width}} {about[0] if about else ''}")
     else:
         print(explain_config(load(name, overrides or [])), end="")
 

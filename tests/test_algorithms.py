@@ -242,6 +242,17 @@ def test_settings_that_do_not_fit_the_model_are_refused(algorithm, message: str)
         problem_of(algorithm, MLP((3,), 3, (8,)), Blobs())
 
 
+@pytest.mark.parametrize("algorithm", [ProtoMAML(inner_steps=0), R2D2()])
+def test_heads_from_the_support_set_need_class_labels(algorithm, network: nn.Module) -> None:
+    problem, theta = problem_of(algorithm, network, Blobs(dtype=DOUBLE), loss=mse)
+    (x, _), _ = task = first_task(problem)
+    regression = Episode((x, x), task.query_set)
+    with pytest.raises(
+        ConfigError, match=r"needs class labels as targets; the tasks give torch.float64 of shape \(6, 3"
+    ):
+        problem.run("meta_gradient", theta, Shard("train", 0, 0, 1), [regression])
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

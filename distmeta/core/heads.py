@@ -44,5 +44,14 @@ def features(loss: TaskLoss, params: Params, head: str, *inputs: Tensor) -> Tens
 
 
 def one_hot(label_B: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """1 where the label is the class, else 0: (B, N). (torch's own looks at the values, which ``vmap`` forbids.)"""
+    """1 where the label is the class, else 0: (B, N). (torch's own looks at the values, which ``vmap`` forbids.)
+
+    Raises:
+        ConfigError: The targets are no class labels.
+    """
+    if label_B.ndim != 1 or label_B.is_floating_point():
+        raise ConfigError(
+            "algorithm.use: an algorithm that makes the head from the support set needs class labels as targets; the "
+            f"tasks give {label_B.dtype} of shape {tuple(label_B.shape)}; take an algorithm such as maml"
+        )
     return (label_B[:, None] == torch.arange(classes, device=label_B.device)).to(dtype)
