@@ -16,8 +16,8 @@ class MetaSGD(MAML):
     """Learns, beside the initialisation, a learning rate for every parameter: direction and length of the update.
 
     Inner loop:  theta_{k+1} = theta_k − α ∘ ∇L(theta_k; S), with α a tensor like theta,
-    meta-learned by the same outer loop; it may become negative. The paper takes one step; here the same α serves every
-    step. Every α starts at ``inner_lr``, where the paper draws the start at random from [0.005, 0.1].
+    meta-learned with it; it may become negative. The paper takes one step; here the same α serves every step. Every α
+    starts at ``inner_lr``, where the paper draws the start at random from [0.005, 0.1].
 
     Raises:
         ConfigError: See `MAML`.
