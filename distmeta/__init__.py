@@ -3,9 +3,9 @@
 from distmeta.adaptation import Adapted, adapt, evaluate
 from distmeta.algorithms import IMAML, MAML, R2D2, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
-from distmeta.errors import DistmetaError
+from distmeta.errors import DistmetaError, Stopped
 from distmeta.runs import RunFolder
-from distmeta.training import Stopped, resume, train
+from distmeta.training import resume, train
 
 __all__ = [
     "IMAML",

@@ -1,4 +1,4 @@
-"""The command line: ``distmeta train | resume | evaluate | adapt | report | data | config``.
+"""The command line: ``distmeta train | resume | evaluate | adapt | tune | report | data | config``.
 
 Exit codes: 0 success, 2 the user's mistake (one clear message on standard error), 130 after a stop by signal with the
 state saved, 1 anything else.
@@ -13,14 +13,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distmeta.config import DEFAULT, load, packaged
-from distmeta.errors import DistmetaError
+from distmeta.errors import ConfigError, DistmetaError, Stopped
 
 app = typer.Typer(
     name="distmeta",
@@ -41,8 +41,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @app.command()
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from distmeta.training import Stopped
-
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("distmeta").setLevel(logging.INFO)
         if threading.current_thread() is threading.main_thread():
@@ -155,6 +153,31 @@ def adapt(
 
 
 @command
+def tune(
+    search: Annotated[
+        str | None, typer.Argument(help="A search of tune_configs/ by name, or a YAML file; none: lists them.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a search to go on with.")] = None,
+) -> None:
+    """Searches meta-hyperparameters with Ray Tune; every trial is a whole distributed run."""
+    from distmeta.tune.search import searches
+
+    if resume is not None:
+        if search is not None:
+            raise ConfigError(f"--resume goes on with a search as it was begun; it takes no {search!r} beside it")
+        from distmeta.tune.run import resume_search
+
+        resume_search(resume)
+    elif search is None:
+        _list(searches())
+    else:
+        from distmeta.tune.run import search as run_search
+
+        run_search(search, *(overrides or []))
+
+
+@command
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the page; none: RUN/report, or report.")] = None,
@@ -197,12 +220,17 @@ def config(
     from distmeta.explain import explain_config
 
     if name is None:
-        width = max(map(len, packaged()))
-        for known, path in packaged().items():
-            about = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
-            print(f"{known:{width}} {about[0] if about else ''}")
+        _list(packaged())
     else:
         print(explain_config(load(name, overrides or [])), end="")
+
+
+def _list(files: Mapping[str, Path]) -> None:
+    """Prints names beside what the first lines of their files say."""
+    width = max(map(len, files))
+    for name, path in files.items():
+        about = [line[2:] for line in path.read_text("utf-8").splitlines() if line.startswith("# ")]
+        print(f"{name:{width}} {about[0] if about else ''}")
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ A configuration is data. Reading one imports nothing but what its ``use`` keys n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -115,11 +116,21 @@ def packaged() -> dict[str, Path]:
 def load(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """A configuration from a packaged name, a YAML file or a mapping, changed by ``key.subkey=value`` strings.
 
-    An override of ``tasks.use``, ``model.use`` or ``algorithm.use`` by another component drops the options that the
-    source gives the one before.
-
     Raises:
         ConfigError: The source is not there or is no YAML, or a key is unknown, of the wrong type or out of range.
+    """
+    with _readable():
+        plain = OmegaConf.to_container(OmegaConf.create(merge(source, overrides)), resolve=True)
+    return validate(plain)
+
+
+def merge(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of ``source`` and ``overrides``, unchecked, with interpolations such as ``${train.steps}`` in them.
+
+    An override of the ``use`` of a component by another one drops the options that the source gives the one before.
+
+    Raises:
+        ConfigError: The source is not there or is no YAML, or an override is none.
     """
     if source is None:
         source = DEFAULT
@@ -131,17 +142,23 @@ def load(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequen
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; give key=value, for example train.steps=100")
+    with _readable():
+        start, changes = OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides))
+        for component in ("tasks", "model", "algorithm", "outer.schedule"):
+            use = OmegaConf.select(changes, f"{component}.use")
+            if use is not None and use != OmegaConf.select(start, f"{component}.use"):
+                OmegaConf.update(start, component, {}, merge=False)  # options of another component would be wrong
+        container = OmegaConf.to_container(OmegaConf.merge(start, changes), resolve=False)
+    return {str(key): value for key, value in cast("dict[Any, Any]", container).items()}
+
+
+@contextmanager
+def _readable() -> Generator[None]:
+    """Turns what OmegaConf raises into a `ConfigError`."""
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
-        for section in ("tasks", "model", "algorithm"):
-            kind = OmegaConf.select(changes, f"{section}.use")
-            if kind is not None and kind != (data.get(section) or {}).get("use"):
-                data[section] = {}  # options of another component would be wrong, or worse, taken for this one's
-        merged = OmegaConf.merge(OmegaConf.create(data), changes)
-        plain = OmegaConf.to_container(merged, resolve=True)
+        yield
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"the configuration cannot be read: {one_line(error)}") from error
-    return validate(plain)
 
 
 def validate(data: object) -> Config:

@@ -53,6 +53,10 @@ class StorageError(DistmetaError):
     """A file could not be written: the disk is full, or the folder is read-only."""
 
 
+class Stopped(Exception):
+    """A signal has asked a run or a search to stop; its state is saved, and the message says how to go on with it."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of any exception without line breaks; its type's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

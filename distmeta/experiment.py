@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -38,7 +39,7 @@ class Experiment:
 
 
 def complete(config: Config) -> Config:
-    """The configuration with the defaults of its components filled in.
+    """The configuration with the defaults of its components filled in, but for those that are no plain data.
 
     Raises:
         ConfigError: A component is unknown, or an option of it is unknown or of the wrong type.
@@ -49,7 +50,8 @@ def complete(config: Config) -> Config:
         if not component.use.startswith(_OBJECT):
             target = find(f"{section}.use", component.use, REGISTRIES[section])
             options = options_of(section, target, component.options, _SUPPLIED[section])
-            update[section] = Component(use=component.use, **options)
+            kept = {key: value for key, value in options.items() if key in component.options or _is_plain(value)}
+            update[section] = Component(use=component.use, **kept)
     return config.model_copy(update=update)
 
 
@@ -105,6 +107,15 @@ def build_part(config: Config, section: str, **given: Any) -> Any:
         raise ConfigError(f"{section} of this run was the Python object {name}; give it again with {section}=…")
     target = find(f"{section}.use", component.use, REGISTRIES[section])
     return build(section, target, component.options, **given)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether ``value`` can stand in a configuration file."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _model(config: Config, spec: TaskSpec | None) -> nn.Module:

@@ -6,13 +6,11 @@ Nothing here touches the state of pyplot, so that a training script's own figure
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -20,7 +18,6 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from distmeta.history import History, Scores
-from distmeta.runs import storage_errors
 
 Floats = NDArray[np.floating[Any]]
 
@@ -49,16 +46,6 @@ BASES: dict[str, dict[str, Any]] = {
     NEIGHBOUR: {"linewidth": 1.3, "linestyle": ":"},
 }
 KIND_COLOURS = {"training": BLUE, "after": VERMILLION, "before": GREY}
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes ``figure`` as a PNG.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    with storage_errors(path):
-        FigureCanvasAgg(figure).print_figure(path, dpi=120, facecolor="white", format="png")
 
 
 def learning_curve(runs: Sequence[History]) -> Figure | None:

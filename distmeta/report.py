@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-from matplotlib.figure import Figure
+from typing import Literal
 
 from distmeta import episode, history, pictures
 from distmeta.errors import DistmetaError
@@ -16,41 +12,14 @@ from distmeta.evaluation import show
 from distmeta.experiment import Experiment, assemble
 from distmeta.history import History, Interval, Scores
 from distmeta.metrics import MetricsLog
-from distmeta.runs import RunFolder, storage_errors
+from distmeta.page import Picture, folded, note, table, write_page
+from distmeta.runs import RunFolder
 
 EXPLANATION = (
     "± is the half-width of the 95% confidence interval of the mean over tasks. Transductive: the query examples are "
     "classified in one batch and normalised by its statistics, so each prediction profits from the others; inductive: "
     "no query example sees another."
 )
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #595959; --line: #d0d0d0; --back: #f4f4f4 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #161616; --soft: #a8a8a8; --line: #444; --back: #222 }
-}
-body { margin: 0; color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 72rem; margin: auto; padding: 1.5rem }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-th[scope=row] { color: var(--soft); font-weight: normal; white-space: nowrap }
-figure { margin: 2rem 0 }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px }
-figcaption, .note { color: var(--soft); max-width: 48rem }
-pre { padding: 1rem; background: var(--back); overflow-x: auto }
-summary { cursor: pointer; padding: .3rem 0 }
-"""
-
-
-class Picture(NamedTuple):
-    """A figure of the page, or the reason why it is left out."""
-
-    name: str
-    caption: str
-    figure: Figure | None
-    missing: str
 
 
 def report(runs: Sequence[RunFolder], out: Path | None = None, experiment: Experiment | None = None) -> Path:
@@ -96,13 +65,9 @@ def report(runs: Sequence[RunFolder], out: Path | None = None, experiment: Exper
             "no metrics yet",
         ),
     ]
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    blocks = [_picture_block(picture, folder) for picture in drawn]
-    page = folder / "index.html"
-    with storage_errors(page):
-        page.write_text(_page(histories, blocks), encoding="utf-8")
-    return page
+    title = f"Comparison of {len(histories)} runs" if len(histories) > 1 else histories[0].name
+    configurations = [folded(f"Configuration of {run.name}", run.config_text) for run in histories]
+    return write_page(folder, title, [_table(histories), note(EXPLANATION), *drawn, *configurations])
 
 
 def _episode(run: History, experiment: Experiment | None) -> Picture:
@@ -120,52 +85,11 @@ def _episode(run: History, experiment: Experiment | None) -> Picture:
     )
 
 
-def _picture_block(picture: Picture, folder: Path) -> str:
-    """The picture as it stands in the page; its PNG is written to ``folder``."""
-    if picture.figure is None:
-        return f"<p class=note>No picture <code>{picture.name}.png</code>: {escape(picture.missing)}.</p>"
-    path = folder / f"{picture.name}.png"
-    pictures.save(picture.figure, path)
-    # The page holds the bytes as well, so that it can be sent on by itself.
-    data = base64.b64encode(path.read_bytes()).decode()
-    caption = escape(picture.caption)
-    return (
-        f'<figure><a href="{path.name}"><img src="data:image/png;base64,{data}" alt="{caption}"></a>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _page(histories: Sequence[History], blocks: Sequence[str]) -> str:
-    names = ", ".join(run.name for run in histories)
-    title = escape(f"Comparison of {len(histories)} runs" if len(histories) > 1 else names)
-    configurations = [
-        f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{escape(run.config_text)}</pre></details>"
-        for run in histories
-    ]
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title} – distmeta</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>",
-            _table(histories),
-            f"<p class=note>{escape(EXPLANATION)}</p>",
-            *blocks,
-            *configurations,
-            "</main>\n</body>\n</html>\n",
-        ]
-    )
-
-
 def _table(histories: Sequence[History]) -> str:
     """A column for each run; rows that say nothing of any run are left out."""
     columns = [_cells(run) for run in histories]
-    lines = ["<tr><td></td>" + "".join(f'<th scope="col">{escape(run.name)}</th>' for run in histories) + "</tr>"]
-    for heading in columns[0]:
-        cells = [column[heading] for column in columns]
-        if any(cells):
-            row = "".join(f"<td>{escape(cell or '–')}</td>" for cell in cells)
-            lines.append(f'<tr><th scope="row">{escape(heading)}</th>{row}</tr>')
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    rows = [[heading, *(column[heading] for column in columns)] for heading in columns[0]]
+    return table(["", *(run.name for run in histories)], [row for row in rows if any(row[1:])])
 
 
 def _cells(run: History) -> dict[str, str]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -25,6 +25,16 @@ MAY_CHANGE = (
 """Keys that may be changed when a run is resumed: none of them changes the parameters after a given step."""
 
 
+class Named(Protocol):
+    """What says how a folder is to be called."""
+
+    @property
+    def name(self) -> str | None: ...
+
+    @property
+    def run_dir(self) -> str | None: ...
+
+
 class RunFolder:
     """A run on disk, new or not."""
 
@@ -32,8 +42,8 @@ class RunFolder:
         self.path = Path(path).absolute()
 
     @classmethod
-    def new(cls, config: Config) -> RunFolder:
-        """The folder that ``config`` asks for, not made yet.
+    def new(cls, config: Named) -> RunFolder:
+        """The folder that ``config``, of a run or of a search, asks for, not made yet.
 
         Raises:
             RunError: The folder exists already.
@@ -47,9 +57,10 @@ class RunFolder:
         """Raises `RunError` if the folder holds anything but the lock of who is about to use it."""
         path = self.path
         if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
-            raise RunError(
-                f"{path} exists already; `distmeta resume {path}` goes on with it, run_dir=… takes another folder"
-            )
+            go_on = {"config.yaml": "distmeta resume", "search.yaml": "distmeta tune --resume"}
+            command = next((text for file, text in go_on.items() if (path / file).exists()), None)
+            hint = f"`{command} {path}` goes on with it, " if command else ""
+            raise RunError(f"{path} exists already; {hint}run_dir=… takes another folder")
 
     def create(self, config: Config) -> None:
         """Fills a new folder, whose lock is held, with its ``config.yaml``.
@@ -103,7 +114,7 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Replaces ``config.yaml``."""
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        self._replace("config.yaml", text)
+        self.write("config.yaml", text)
 
     def checkpoint(self, which: str = "last") -> checkpoint.Checkpoint:
         """The checkpoint called ``last``, ``best`` (by validation; the last one without it) or by its step.
@@ -137,7 +148,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replaces ``summary.json``."""
-        self._replace("summary.json", json.dumps(summary, indent=2))
+        self.write("summary.json", json.dumps(summary, indent=2))
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last one that was cut off while it was written is left out."""
@@ -162,9 +173,9 @@ class RunFolder:
             (self.path / "summary.json").unlink(missing_ok=True)
         if self.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-            self._replace(self.metrics.name, "".join(kept))
+            self.write(self.metrics.name, "".join(kept))
 
-    def _replace(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
         """Writes a file of the folder whole, or leaves the one before."""
         temporary = self.path / f".writing-{name}"
         with storage_errors(self.path / name):

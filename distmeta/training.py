@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from distmeta.core.params import join, split
 from distmeta.core.types import TaskDistribution
 from distmeta.distributed.executor import Executor, InProcess, reduce_mean
 from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
-from distmeta.errors import ConfigError, DistmetaError
+from distmeta.errors import ConfigError, DistmetaError, Stopped
 from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, gather, nearest_neighbour, show
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
 from distmeta.metrics import MetricsLog
@@ -40,14 +40,6 @@ class Best(TypedDict):
     step: int
     metric: str
     value: float
-
-
-class Stopped(Exception):
-    """Training was asked to stop by a signal; the state has been saved."""
-
-    def __init__(self, run: RunFolder, step: int) -> None:
-        super().__init__(f"stopped after step {step}; `distmeta resume {run.path}` goes on from there")
-        self.run = run
 
 
 def train(
@@ -187,11 +179,7 @@ class Training:
             StopSignal() as stop,
             MetricsLog(run, self.outer.step) as metrics,
         ):
-            while self.outer.step < self.config.train.steps and not stop.requested:
-                self._step(run, metrics, progress)
-            self._save(run, metrics)
-            if stop.requested:
-                raise Stopped(run, self.outer.step)
+            self._fit(run, metrics, progress, stop)
             stop.at_once = True  # all is saved; the judgement can be repeated
             run.write_summary(self._summary(run, metrics, progress))
         from distmeta.report import report  # matplotlib takes a second to load
@@ -199,12 +187,38 @@ class Training:
         page = report([run], experiment=self._experiment)
         progress.say(f"run      {run.path}\npictures {page}")
 
+    def fit(self, run: RunFolder, on_validation: Callable[[int, Evaluation], None]) -> None:
+        """Trains to the end, and calls ``on_validation`` with each step that is validated, once it is saved."""
+        with (
+            Progress(self.config, self.outer.step) as progress,
+            StopSignal() as stop,
+            MetricsLog(run, self.outer.step) as metrics,
+        ):
+            self._fit(run, metrics, progress, stop, on_validation)
+
+    def _fit(
+        self,
+        run: RunFolder,
+        metrics: MetricsLog,
+        progress: Progress,
+        stop: StopSignal,
+        on_validation: Callable[[int, Evaluation], None] | None = None,
+    ) -> None:
+        while self.outer.step < self.config.train.steps and not stop.requested:
+            evaluation = self._step(run, metrics, progress)
+            if evaluation is not None and on_validation is not None:
+                self._save(run, metrics)
+                on_validation(self.outer.step, evaluation)
+        self._save(run, metrics)
+        if stop.requested:
+            raise Stopped(f"stopped after step {self.outer.step}; `distmeta resume {run.path}` goes on from there")
+
     def _shards(self, step: int) -> list[Shard]:
         settings = self.config.train
         return shards_of("train", step, settings.meta_batch_size, settings.shard_size)
 
-    def _step(self, run: RunFolder, metrics: MetricsLog, progress: Progress) -> None:
-        """One outer step, and what falls due after it."""
+    def _step(self, run: RunFolder, metrics: MetricsLog, progress: Progress) -> Evaluation | None:
+        """One outer step, and what falls due after it: the evaluation, if that is a validation."""
         config, outer, settings, clock = self.config, self.outer, self.config.train, Clock()
         upcoming = self._shards(outer.step + 1) if outer.step + 1 < settings.steps else []
         try:
@@ -220,8 +234,9 @@ class Training:
                 self._save(run, metrics)  # what has been learned so far is not lost with the step that failed
             raise
         means = {name: float(np.mean(values)) for name, values in gather(results).items()}
+        evaluation = None
         if config.validation.every and outer.step % config.validation.every == 0:
-            self._validate(metrics, progress)
+            evaluation = self._validate(metrics, progress)
             clock.lap("validation")
         for part in ("sample", "adapt"):
             clock.seconds[part] = sum(result.seconds[part] for result in results)
@@ -233,6 +248,7 @@ class Training:
         elif outer.step % settings.log_every == 0:
             metrics.flush()
         progress.advance(outer.step, settings.meta_batch_size, means)
+        return evaluation
 
     def _save(self, run: RunFolder, metrics: MetricsLog) -> None:
         """Writes a checkpoint of the state at hand, and before it the metrics up to there."""
@@ -246,7 +262,7 @@ class Training:
         clock.lap("checkpoint")
         self._saving += clock.seconds["checkpoint"]
 
-    def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
+    def _validate(self, metrics: MetricsLog, progress: Progress) -> Evaluation:
         tasks, shard_size = self.config.validation.tasks, self.config.evaluation.shard_size
         result = evaluate_tasks(self.executor, self.problem, self.outer.vector(), "val", tasks, shard_size)
         metrics.validation(self.outer.step, result)
@@ -254,6 +270,7 @@ class Training:
         if better(result, self.best["value"] if self.best else None):
             value = result["after"]["mean"]
             self.best = {"step": self.outer.step, "metric": result["metric"], "value": value}
+        return result
 
     def _summary(self, run: RunFolder, metrics: MetricsLog, progress: Progress) -> dict[str, Any]:
         """Judges the best checkpoint on test tasks, beside what any learner must beat."""
@@ -327,6 +344,7 @@ class StopSignal:
 
     requested = False
     at_once = False
+    notice = "stopping after this step; a second signal ends at once"
 
     def __enter__(self) -> StopSignal:
         self._before: dict[signal.Signals, Any] = {}
@@ -339,7 +357,7 @@ class StopSignal:
         if self.requested or self.at_once:
             raise KeyboardInterrupt
         self.requested = True
-        log.warning("stopping after this step; a second signal ends at once")
+        log.warning(self.notice)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +62,21 @@ class Blobs:
         y = torch.arange(self.ways)[:, None].expand(self.ways, self.shots).flatten()
         halves = (x[:, : self.shots], x[:, self.shots :])
         return Episode(*((half.flatten(0, 1).to(self.dtype), y) for half in halves))
+
+
+class Mortal(Blobs):
+    """Blobs, whose first process to have sampled ``after`` tasks dies on the spot; those after it live."""
+
+    def __init__(self, marker: str, after: int = 30, shape: tuple[int, ...] = (3,), ways: int = 3) -> None:
+        super().__init__(shape, ways)
+        self.marker, self.after, self.sampled = Path(marker), after, 0
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        self.sampled += 1
+        if self.sampled > self.after and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(rng, split)
 
 
 def problem_of(algorithm: MetaAlgorithm, model: nn.Module, tasks: Any, **options: Any) -> tuple[Problem, np.ndarray]:

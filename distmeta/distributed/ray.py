@@ -93,7 +93,7 @@ class RayPool:
         self.retries = 0
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
-            _connect(scaling)
+            connect(scaling)
         try:
             self.size = self._size(most)
             self._check_resources()
@@ -251,9 +251,14 @@ class RayPool:
         self.close()
 
 
-def _connect(scaling: Scaling) -> None:
+def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
+    """Joins the cluster that ``scaling`` or the environment names, or starts one on this machine.
+
+    Raises:
+        ResourceError: The cluster cannot be reached.
+    """
     address = scaling.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True, "namespace": "distmeta"}
+    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": log_to_driver, "namespace": "distmeta"}
     start = time.perf_counter()
     before = signal.getsignal(signal.SIGTERM)
     try:

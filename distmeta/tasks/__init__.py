@@ -6,8 +6,14 @@ A distribution is added by writing its file and naming its class here.
 from collections.abc import Callable
 from typing import Any
 
+from distmeta.tasks.cifar import CifarFS
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
 
-TASKS: dict[str, Callable[..., Any]] = {"glyphs": Glyphs, "omniglot": Omniglot, "sinusoid": Sinusoid}
+TASKS: dict[str, Callable[..., Any]] = {
+    "cifar_fs": CifarFS,
+    "glyphs": Glyphs,
+    "omniglot": Omniglot,
+    "sinusoid": Sinusoid,
+}

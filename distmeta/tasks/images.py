@@ -24,7 +24,7 @@ from torch import Tensor
 from distmeta.core.types import Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError, StorageError
 from distmeta.tasks.files import atomic_write, cache_dir, default_data_root
-from distmeta.tasks.pictures import Pixels, character_pixels, to_floats
+from distmeta.tasks.pictures import Pixels, character_pixels, photo_pixels, to_floats
 
 log = logging.getLogger(__name__)
 
@@ -268,12 +268,14 @@ class FewShotImages(ABC):
         return f"{len(self.images.pixels):,} images of {len(self.images.names):,} classes ({', '.join(parts)}{turned})"
 
     def read_image(self, path: Path) -> Tensor:
-        """A user's own picture, prepared just as the images of the data set: float32 [C, H, W] from 0 to 1.
+        """A user's own picture, prepared as the images of the data set (grey ones: characters, colour: photographs):
+        float32 [C, H, W] from 0 to 1.
 
         Raises:
             DataError: the file is missing or is not an image.
         """
-        return to_floats(character_pixels(path, self.image_shape[1])[None])[0]
+        read = character_pixels if self.image_shape[0] == 1 else photo_pixels
+        return to_floats(read(path, self.image_shape[1])[None])[0]
 
 
 def _flat(values: Pixels) -> Pixels:

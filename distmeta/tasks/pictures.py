@@ -61,10 +61,7 @@ def character_pixels(source: Path | bytes, size: int, label: str | None = None) 
         DataError: there is no such file, it is not a whole image, or it has one colour only.
     """
     label = label or str(source)
-    picture = load_image(source, label)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = _opaque(load_image(source, label))
     grey = np.asarray(picture.convert("L"), np.float32)
     contrast = grey - np.median(grey)
     furthest = contrast.flat[np.abs(contrast).argmax()]
@@ -77,6 +74,23 @@ def character_pixels(source: Path | bytes, size: int, label: str | None = None) 
         square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
         ink = square
     return np.array(ink.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def photo_pixels(source: Path | bytes, size: int, label: str | None = None) -> Pixels:
+    """Reads a photograph: uint8 [size, size, 3], its middle square, resized with Pillow's antialiased Lanczos filter.
+
+    Transparency is laid on white. Arguments and errors are those of `character_pixels`, but for the one colour.
+    """
+    picture = _opaque(load_image(source, label or str(source))).convert("RGB")
+    return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """Transparency laid on white."""
+    if not picture.has_transparency_data:
+        return picture
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
 
 class Pictures(NamedTuple):

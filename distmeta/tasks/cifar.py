@@ -1,0 +1,135 @@
+"""CIFAR-FS: few-shot classification of small colour photographs.
+
+The 100 classes of CIFAR-100 (Krizhevsky, "Learning multiple layers of features from tiny images", 2009), 600 images of
+32 x 32 each, in the split of Bertinetto et al., "Meta-learning with differentiable closed-form solvers", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distmeta.core.types import Split
+from distmeta.errors import DataError
+from distmeta.tasks.files import download
+from distmeta.tasks.images import FewShotImages, ImageSet
+
+_SIDE = 32
+_RECORD = 2 + 3 * _SIDE * _SIDE  # superclass, class, and the red, green and blue planes
+_IMAGES = {"train.bin": 50_000, "test.bin": 10_000}  # the files of the binary version, whose split is not used here
+_NAMES = "fine_label_names.txt"
+_FILES = {file: _RECORD * images for file, images in _IMAGES.items()} | {_NAMES: 1 << 12}  # bytes at most
+_ARCHIVE_MD5 = "03b5dce01913d631647c71ecec9e9cb8"  # as Krizhevsky's page gives it
+_BROKEN_TAR = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+
+_VAL = (
+    "beaver", "otter", "flatfish", "shark", "lamp", "television", "beetle", "butterfly", "sea", "camel", "cattle",
+    "crab", "crocodile", "maple_tree", "motorcycle", "tractor",
+)  # fmt: skip
+_TEST = (
+    "whale", "poppy", "rose", "sweet_pepper", "telephone", "bed", "table", "wardrobe", "leopard", "plain",
+    "chimpanzee", "fox", "snail", "worm", "baby", "man", "woman", "bicycle", "pickup_truck", "rocket",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class CifarFS(FewShotImages):
+    """Colour photographs of CIFAR-100, 32 x 32: 64 classes for training, 16 for validation, 20 for test.
+
+    Read from the binary version of the data set, ``data_root/cifar-100-binary`` or the archive of it beside that
+    folder, which is downloaded if there are neither. (The other version consists of Python pickles, which are code.)
+    """
+
+    url: Annotated[str, "Where the archive is downloaded from; change it for a mirror."] = (
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
+    )
+
+    name: ClassVar[str] = "cifar_fs"
+    image_shape: ClassVar[tuple[int, int, int]] = (3, _SIDE, _SIDE)
+
+    @property
+    def folder(self) -> Path:
+        """Where the unpacked files lie."""
+        return self.root / "cifar-100-binary"
+
+    @property
+    def archive(self) -> Path:
+        """The archive, which need not be there."""
+        return self.root / "cifar-100-binary.tar.gz"
+
+    def source_key(self) -> str:
+        """Names, sizes and times of the files that are read."""
+        if not self.folder.is_dir() and not self.archive.exists():
+            download(self.url, self.archive, _ARCHIVE_MD5)
+        files = [self.folder / file for file in _FILES] if self.folder.is_dir() else [self.archive]
+        try:
+            stats = [file.stat() for file in files]
+        except OSError as error:
+            raise DataError(
+                f"{error.filename} is not there; delete {self.folder} to have it downloaded again"
+            ) from error
+        pairs = zip(files, stats, strict=True)
+        return "\n".join(f"{file.name} {stat.st_size} {stat.st_mtime_ns}" for file, stat in pairs)
+
+    def build(self) -> ImageSet:
+        """All 60,000 images, class by class in the order of the list of names."""
+        read = _from_folder(self.folder) if self.folder.is_dir() else _from_archive(self.archive)
+        names = read[_NAMES].decode("ascii", "replace").split()
+        records = [np.frombuffer(read[file], np.uint8).reshape(-1, _RECORD) for file in _IMAGES]
+        labels = np.concatenate([part[:, 1] for part in records])
+        counts = np.bincount(labels, minlength=len(names))
+        if len(names) != 100 or counts.tolist() != [600] * 100:
+            raise DataError(f"{self.folder} does not hold 600 images of each of 100 classes; delete it to read it anew")
+        pixels = np.concatenate([part[:, 2:] for part in records])[np.argsort(labels, kind="stable")]
+        images = pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
+        return ImageSet(np.ascontiguousarray(images), tuple(names), counts.astype(np.int64))
+
+    def split_classes(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+        """The classes of ``split``, in the order of the data set."""
+        own = {"val": _VAL, "test": _TEST}.get(split)
+        chosen = (name in own if own else name not in _VAL + _TEST for name in names)
+        return np.flatnonzero(list(chosen)).astype(np.int64)
+
+
+def _from_folder(folder: Path) -> dict[str, bytes]:
+    try:
+        read = {file: (folder / file).read_bytes() for file in _FILES}
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return _checked(read, folder)
+
+
+def _from_archive(archive: Path) -> dict[str, bytes]:
+    """The files out of the archive, without unpacking anything else that it may hold."""
+    read: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                file = member.name.removeprefix("cifar-100-binary/")
+                if file in _FILES and member.isfile() and member.size <= _FILES[file]:
+                    opened = tar.extractfile(member)
+                    assert opened is not None  # it is a file
+                    read[file] = opened.read()
+    except _BROKEN_TAR as error:
+        raise DataError(f"{archive} cannot be read: {error}; delete it to have it downloaded again") from error
+    return _checked(read, archive)
+
+
+def _checked(read: dict[str, bytes], place: Path) -> dict[str, bytes]:
+    for file, images in _IMAGES.items():
+        size = len(read.get(file, b""))
+        if size != images * _RECORD:
+            raise DataError(
+                f"{file} in {place} has {size} bytes instead of {images * _RECORD}; delete {place} to have it "
+                "downloaded again"
+            )
+    if _NAMES not in read:
+        raise DataError(f"{place} holds no {_NAMES}; delete it to have it downloaded again")
+    return read

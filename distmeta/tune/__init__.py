@@ -1,0 +1,1 @@
+"""Ray Tune over meta-hyperparameters: `distmeta tune`."""
