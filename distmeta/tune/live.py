@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from typing import Any
 
 from ray.tune import Callback
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.live import Live as Screen
 from rich.table import Table
 
+from distmeta.tune.results import STATES
 from distmeta.tune.search import Search
 
 EVERY = 15.0  # seconds between lines of where things stand, where there is no terminal
@@ -95,8 +97,9 @@ class Live(Callback):
             self._console.print(self._counts(trials), markup=False)
 
     def _counts(self, trials: list[Any]) -> str:
-        states = [self._state.get(trial.trial_id, "waiting") for trial in trials]
-        text = ", ".join(f"{states.count(s)} {s}" for s in ("running", "waiting", "finished", "pruned", "failed"))
+        states = Counter(self._state.get(trial.trial_id, "waiting") for trial in trials)
+        states["waiting"] += max(0, self.search.trials - len(trials))  # that have not been drawn yet
+        text = ", ".join(f"{states[state]} {state}" for state in ("running", "waiting", *STATES) if states[state])
         ranked = self._ranked(trials)
         if ranked:
             text += (

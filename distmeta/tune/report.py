@@ -49,7 +49,8 @@ def write_report(search: Search, run: RunFolder, trials: Sequence[Trial], summar
         Picture(
             "importance",
             "How much of being among the best quarter of the trials each setting explains (PED-ANOVA, Watanabe et al., "
-            "2023). Trials that were stopped early count as they stood.",
+            "2023). Trials that were stopped early count as they stood. Settings of an alternative, which only some "
+            "trials have, are left out.",
             _importance(importances(trials, search)),
             "it needs 8 trials with a score",
         ),
@@ -144,7 +145,7 @@ def _parallel(search: Search, trials: Sequence[Trial], best: set[str]) -> Figure
         return None
     dimensions = search.parsed.dimensions
     scores = np.array([trial.score(metric, mode) for trial in scored])
-    figure = blank(max(7.0, 2.1 * (len(dimensions) + 1)), 5)
+    figure = blank(min(14.0, max(7.0, 2.0 * (len(dimensions) + 1))), 5.2)
     axis = figure.subplots()
     colours = ScalarMappable(
         Normalize(float(scores.min()), float(scores.max())), "viridis" if mode == "max" else "viridis_r"
@@ -163,7 +164,7 @@ def _parallel(search: Search, trials: Sequence[Trial], best: set[str]) -> Figure
         _ruler(axis, i, [(_place(dimension, value), show(value)) for value in _ticks(dimension)])
     _ruler(axis, len(dimensions), [(share, show(ends[0] + share * (ends[1] - ends[0]))) for share in (0, 0.5, 1)])
     names = [_broken(d.label) + ("\n(logarithmic)" if d.logarithmic else "") for d in dimensions]
-    axis.set_xticks(range(len(dimensions) + 1), [*names, f"validation\n{metric}"], fontsize=8)
+    axis.set_xticks(range(len(dimensions) + 1), [*names, f"validation\n{metric}"], fontsize=7)
     axis.set_xlim(-0.2, len(dimensions) + 0.5)
     axis.yaxis.set_visible(False)
     for side in ("top", "right", "left", "bottom"):

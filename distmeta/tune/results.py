@@ -138,15 +138,16 @@ def front_of(groups: Sequence[Group], search: Search) -> list[Group]:
 def importances(trials: Sequence[Trial], search: Search) -> dict[str, float]:
     """How much of being among the best quarter each setting explains; the shares sum to 1, the greatest first.
 
-    PED-ANOVA (Watanabe et al., 2023) by Optuna, over all trials with a score, pruned ones too. Empty for fewer than 8
-    trials, which tell nothing.
+    PED-ANOVA (Watanabe et al., 2023) by Optuna, over all trials with a score, pruned ones too, and over the settings
+    that all of them have. Empty for fewer than 8 trials, which tell nothing.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     metric, mode = search.metrics[0], search.modes[0]
     scored = [trial for trial in trials if math.isfinite(trial.score(metric, mode))]
-    distributions = {d.label: found for d in search.parsed.dimensions if (found := _distribution(d, scored))}
+    always = [dimension for dimension in search.parsed.dimensions if not dimension.given]
+    distributions = {d.label: found for d in always if (found := _distribution(d, scored))}
     if len(scored) < 8 or not distributions:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -87,6 +88,12 @@ class Search(Section):
     def modes(self) -> list[Mode]:
         """``max`` or ``min`` for each metric."""
         return self.mode if isinstance(self.mode, list) else [self.mode]
+
+    @property
+    def trials(self) -> int:
+        """How many trials there will be."""
+        grids = [len(d.values or ()) for d in self.parsed.dimensions if not isinstance(d.domain, Domain)]
+        return self.samples * prod(grids) * len(self.seeds)
 
     def trial_config(self, sample: Mapping[str, Any], **settings: Any) -> Config:
         """The configuration of the trial that ``sample`` means.
