@@ -1,4 +1,4 @@
-"""The command line: ``distmeta train | resume | evaluate | adapt | tune | report | data | config``.
+"""The command line: ``distmeta train | resume | evaluate | adapt | tune | status | report | data | config``.
 
 Exit codes: 0 success, 2 the user's mistake (one clear message on standard error), 130 after a stop by signal with the
 state saved, 1 anything else.
@@ -175,6 +175,15 @@ def tune(
         from distmeta.tune.run import search as run_search
 
         run_search(search, *(overrides or []))
+
+
+@command
+def status(run: Run) -> None:
+    """Says how far a run has come, from another terminal."""
+    from distmeta.report import status as describe_run
+    from distmeta.runs import RunFolder
+
+    print(describe_run(RunFolder.open(run)))
 
 
 @command

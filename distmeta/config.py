@@ -80,9 +80,21 @@ class Scaling(Section):
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="Ray actors; auto: one per GPU with use_gpu, else per CPU core; 0: this process, no Ray"
     )
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="begin with so many, take others in as the cluster grows; null: all must fit at once",
+    )
     use_gpu: bool = Field(False, description="each worker computes on a GPU of its own")
     gpus_per_worker: float = Field(1.0, gt=0, description="GPUs of a worker with use_gpu; less than 1 shares one")
     cpus_per_worker: float = Field(1.0, ge=0, description="CPU cores that Ray sets aside for a worker")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="further Ray resources of a worker, for example {a100: 1}"
+    )
+    placement: Literal["pack", "spread"] = Field("pack", description="workers on few nodes, or over all of them")
+    mixed_hardware: bool = Field(
+        False, description="take workers of different processors too, though bits then depend on them"
+    )
     threads_per_worker: int = Field(1, ge=1, description="threads of torch in a worker; part of the last bits")
     address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else a local one")
     start_timeout: float = Field(300.0, gt=0, description="seconds to wait for the first worker")

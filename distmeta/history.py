@@ -43,6 +43,7 @@ class TrainLine(BaseModel):
     accuracy: float | None = None
     tasks_per_second: float
     tasks: int
+    retries: int = 0
     seconds: dict[str, float]
 
 

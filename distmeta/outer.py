@@ -80,16 +80,11 @@ class OuterLoop:
         self.step += 1
         return {"grad_norm": norm, "lr": used}
 
-    def scale_lr(self, factor: float) -> None:
-        """Multiplies the learning rates of all updates to come, also those that the schedule will give."""
+    def set_lr(self, lr: float) -> None:
+        """Changes the learning rate of all updates to come; a schedule would not know of it."""
+        assert self.schedule is None
         for group in self.optimizer.param_groups:
-            for key in ("lr", "initial_lr"):
-                if key in group:
-                    group[key] *= factor
-        schedules = [self.schedule, *getattr(self.schedule, "_schedulers", [])] if self.schedule else []
-        for schedule in schedules:
-            if hasattr(schedule, "base_lrs"):
-                schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
+            group["lr"] = lr
 
     def sound(self) -> bool:
         """Whether all meta-parameters are finite, so that this state is worth keeping."""

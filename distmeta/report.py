@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -68,6 +69,33 @@ def report(runs: Sequence[RunFolder], out: Path | None = None, experiment: Exper
     title = f"Comparison of {len(histories)} runs" if len(histories) > 1 else histories[0].name
     configurations = [folded(f"Configuration of {run.name}", run.config_text) for run in histories]
     return write_page(folder, title, [_table(histories), note(EXPLANATION), *drawn, *configurations])
+
+
+def status(run: RunFolder) -> str:
+    """How far ``run`` has come, in a few lines.
+
+    Raises:
+        RunError: It is not the folder of a run, or its metrics are damaged.
+    """
+    (past,) = history.read([run])
+    steps, last = past.config.train.steps, past.train[-1] if past.train else None
+    state = "finished" if past.summary else "training" if run.in_use() else "stopped; `distmeta resume` goes on with it"
+    lines = [f"{past.name}: {past.step:,} of {steps:,} outer steps, {state}"]
+    if last is not None:
+        age = max(0.0, time.time() - run.metrics.stat().st_mtime)
+        shown = f"loss {last.loss:.4f}" + ("" if last.accuracy is None else f", accuracy {100 * last.accuracy:.2f}%")
+        lines.append(
+            f"training    {shown}, {last.tasks_per_second:.1f} tasks/s, {last.retries} shards redone, {age:.0f} s ago"
+        )
+        if state == "training":
+            left = (steps - past.step) * past.config.train.meta_batch_size / last.tasks_per_second
+            lines.append(f"time left   {left / 60:.1f} min without validations")
+    if past.validation:
+        best = past.validation[-1]
+        lines.append(f"validation  {best.metric} {_interval(best, 'after')} at step {best.step:,}")
+    if past.summary and past.summary.test:
+        lines.append(f"test        {past.summary.test.metric} {_interval(past.summary.test, 'after')}")
+    return "\n".join(lines)
 
 
 def _episode(run: History, experiment: Experiment | None) -> Picture:

@@ -18,7 +18,8 @@ from distmeta.config import Config, load, read_yaml
 from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
 
 MAY_CHANGE = (
-    "scaling.num_workers=", "scaling.cpus_per_worker=", "scaling.gpus_per_worker=", "scaling.address=",
+    "scaling.num_workers=", "scaling.min_workers=", "scaling.resources", "scaling.placement=",
+    "scaling.cpus_per_worker=", "scaling.gpus_per_worker=", "scaling.address=",
     "scaling.start_timeout=", "evaluation.", "checkpoint.", "validation.", "train.steps=", "train.log_every=",
     "data_root=",
 )  # fmt: skip
@@ -182,6 +183,14 @@ class RunFolder:
             checkpoint.write_durably(temporary, text.encode())
             temporary.replace(self.path / name)
             checkpoint.sync_folder(self.path)
+
+    def in_use(self) -> bool:
+        """Whether a process is at this run, on this machine."""
+        try:
+            with self.lock():
+                return False
+        except RunError:
+            return True
 
     @contextmanager
     def lock(self) -> Generator[None]:

@@ -121,7 +121,7 @@ def executor_of(config: Config, problem: Problem, most: int) -> Generator[Execut
     else:
         from distmeta.distributed.ray import RayPool  # Ray is loaded by those only who use it
 
-        with RayPool(problem, config.scaling, most) as executor:
+        with RayPool(problem, config.scaling, most, config.name or "run") as executor:
             yield executor
 
 
@@ -138,6 +138,7 @@ class Training:
         self.outer = OuterLoop(self.config.outer, experiment.initial, self.problem.layout)
         self.initial = self.outer.vector()
         self.best: Best | None = None
+        self._saved: int | None = None
         self._saving = 0.0  # seconds of checkpoints since the last record, which stands before them
 
     def __enter__(self) -> Self:
@@ -251,7 +252,9 @@ class Training:
         return evaluation
 
     def _save(self, run: RunFolder, metrics: MetricsLog) -> None:
-        """Writes a checkpoint of the state at hand, and before it the metrics up to there."""
+        """Writes a checkpoint of the state at hand, and before it the metrics up to there, if there is none yet."""
+        if self._saved == self.outer.step:
+            return
         clock = Clock()
         metrics.flush()
         tensors, plain = self.outer.state()
@@ -259,6 +262,7 @@ class Training:
         state = {"outer": plain, "best": self.best, "constants": self.problem.loss.constants()}
         storage.save(run.checkpoints, self.outer.step, storage.Checkpoint(params, tensors, state))
         storage.prune(run.checkpoints, self.config.checkpoint.keep_last, self.best["step"] if self.best else None)
+        self._saved = self.outer.step
         clock.lap("checkpoint")
         self._saving += clock.seconds["checkpoint"]
 

@@ -95,7 +95,7 @@ def test_killed_workers_change_nothing(small, ray_cluster: None) -> None:
 
         def kill_now_and_then() -> None:
             while not done.wait(1.0):
-                for process in list(pool._workers.values())[:1]:
+                for process in [worker.process for worker in pool._workers.values()][:1]:
                     os.kill(process, signal.SIGKILL)
 
         killer = threading.Thread(target=kill_now_and_then)

@@ -209,7 +209,7 @@ TABLE = {
     ),
     "normal with optuna": (
         {"space": {"outer.clip_norm": {"randn": [50, 1]}}, "searcher": {"use": "optuna"}},
-        "optuna takes no normal distribution",
+        "optuna takes no randn",
     ),
     "metrics without optuna": (
         {"metric": ["accuracy", "seconds"], "mode": ["max", "min"]},
@@ -240,7 +240,7 @@ TABLE = {
     "service that is not installed": ({"log_to": ["wandb"]}, "log_to: wandb is not installed; pip install wandb"),
     "contradictory resources": (
         {"set": {"scaling.num_workers": 3, "scaling.cpus_per_worker": 10_000}},
-        "this cluster can never place a trial: it needs (1 CPU) + (10000 CPU)",
+        "this cluster can never place a trial: it needs (1 CPU) and 3 times (10000 CPU)",
     ),
 }
 

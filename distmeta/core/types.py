@@ -6,7 +6,7 @@ Shapes in names: ``x_BCHW`` is a batch of images; ``N`` ways, ``K`` shots, ``Q``
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -66,6 +66,23 @@ class TaskDistribution(Protocol):
 
     def sample(self, rng: np.random.Generator, split: Split) -> Task:
         """Draws one task of ``split`` with the random numbers of ``rng`` alone."""
+        ...
+
+
+@runtime_checkable
+class Portable(Protocol):
+    """A distribution over tasks that can send its data to a node that does not have them."""
+
+    def at_hand(self) -> bool:
+        """Whether the data are on this node."""
+        ...
+
+    def data(self) -> Any:
+        """The data; arrays in it arrive without a copy, read-only."""
+        ...
+
+    def attach(self, data: Any) -> None:
+        """Takes what `data` has given elsewhere."""
         ...
 
 

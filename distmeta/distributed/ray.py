@@ -7,10 +7,7 @@ the same to the bit. Parameters travel as one flat array, put once a step in the
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -20,7 +17,6 @@ import numpy as np
 import ray
 from ray import cloudpickle
 from ray.exceptions import (
-    AuthenticationError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
@@ -31,8 +27,11 @@ from ray.exceptions import (
 )
 
 from distmeta.config import Scaling
-from distmeta.core.types import Task
-from distmeta.distributed.work import Problem, Shard, ShardResult, Work, named, reproducible, span
+from distmeta.core.types import Portable
+from distmeta.distributed.cluster import amounts, capacity, connect, demand
+from distmeta.distributed.gauges import Gauges
+from distmeta.distributed.work import Problem, Shard, ShardResult, Work, span
+from distmeta.distributed.worker import Ready, Worker
 from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
 log = logging.getLogger("distmeta")
@@ -40,118 +39,124 @@ log = logging.getLogger("distmeta")
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 QUEUED = 2  # shards that a worker has at a time: one to compute, one to begin at once after it
 TRIES = 4  # workers that a shard may lose before it is taken for the cause
-
-
-class _Worker:
-    """The actor: computes the shards that it is sent, and builds tasks ahead."""
-
-    def __init__(self) -> None:
-        self.ahead: dict[Shard, list[Task]] = {}
-
-    def ready(self, path: Sequence[str], pickled: bytes) -> int:
-        """The process of this worker, once it can work on the problem.
-
-        Args:
-            path: Where the driver finds modules: those that the problem's classes come from must be found here too.
-            pickled: The problem.
-
-        Raises:
-            ResourceError: There is no GPU where one is asked for.
-            WorkerError: The problem cannot be built here.
-        """
-        sys.path += [entry for entry in path if entry not in sys.path]
-        with named("building the problem in a worker (its modules must be importable there)"):
-            self.problem: Problem = cloudpickle.loads(pickled)
-        self.problem.check_device()
-        with reproducible(self.problem.threads, 0):  # torch loads much at its first use
-            pass
-        return os.getpid()
-
-    def prepare(self, shards: Sequence[Shard]) -> None:
-        """Builds the tasks of ``shards`` while the driver is busy."""
-        self.ahead = {shard: self.problem.build(shard) for shard in shards}
-
-    def run(self, work: Work, vector: np.ndarray, shard: Shard) -> ShardResult:
-        """See `Problem.run`."""
-        return self.problem.run(work, vector, shard, self.ahead.pop(shard, None))
+LOOK = 5.0  # seconds between looks at whether the cluster has grown
+SAY = 15.0  # seconds between lines while waiting for workers
 
 
 class RayPool:
     """Computes shards on Ray actors; joins a cluster, or starts a local one, and stops what it has started.
 
+    A worker is taken into service whenever the cluster has room for it, also in the middle of a call. With
+    ``scaling.min_workers`` the pool works as soon as so many are there, and the requests for the others make an
+    autoscaler add nodes; with ``scaling.num_workers`` ``auto`` it asks for more when the cluster has grown.
+
     Args:
         problem: What to compute.
         scaling: How many workers, and what each is given.
         most: The greatest number of shards of one call: more workers would idle.
+        name: The run, on Ray's dashboard.
 
     Raises:
-        ResourceError: The cluster cannot be reached, or cannot give even one worker its resources.
+        ResourceError: The cluster cannot be reached, cannot give the workers their resources, or has workers of
+            different hardware.
     """
 
-    def __init__(self, problem: Problem, scaling: Scaling, most: int) -> None:
+    def __init__(self, problem: Problem, scaling: Scaling, most: int, name: str = "run") -> None:
         self.scaling = scaling
         self.retries = 0
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
             connect(scaling)
         try:
-            self.size = self._size(most)
-            self._check_resources()
+            self._need, self._most, self._tasks = demand(scaling), most, problem.tasks
+            self._least = scaling.min_workers or (1 if scaling.num_workers == "auto" else scaling.num_workers)
+            self.size = self._size()
+            if scaling.min_workers is None:
+                self._check_resources()
+            self._gauges = Gauges(name)
             self._problem = ray.put(cloudpickle.dumps(problem))  # pyright: ignore[reportPrivateImportUsage]
-            gpus = scaling.gpus_per_worker if scaling.use_gpu else 0
-            self._actor: Any = ray.remote(_Worker).options(
-                num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_restarts=0, max_task_retries=0
-            )
+            self._data: ray.ObjectRef | None = None
+            custom = {kind: amount for kind, amount in self._need.items() if kind not in ("CPU", "GPU")}
+            options: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if self._spread() else {}
+            self._actor: Any = ray.remote(Worker).options(
+                num_cpus=self._need["CPU"], num_gpus=self._need.get("GPU", 0), resources=custom, max_restarts=0,
+                max_task_retries=0, **options,
+            )  # fmt: skip
             self._starting: dict[ray.ObjectRef, Any] = {}
-            self._workers: dict[Any, int] = {}
+            self._workers: dict[Any, Ready] = {}
+            self._hardware: str | None = None
             self._stillborn = 0
+            self._looked = time.monotonic()
             for _ in range(self.size):
                 self._add_worker()
-            self._wait_for_first()
+            self._wait_for(min(self._least, self.size) if scaling.min_workers else 1)
         except BaseException:
             self.close()
             raise
 
-    def _size(self, most: int) -> int:
+    def _size(self) -> int:
+        """How many workers there should be."""
         if self.scaling.num_workers != "auto":
             return self.scaling.num_workers
-        have = ray.cluster_resources()
-        if self.scaling.use_gpu:
-            found = int(have.get("GPU", 0) / self.scaling.gpus_per_worker)
-        else:
-            found = int(have.get("CPU", 1) / max(self.scaling.cpus_per_worker, 1e-3))
-        return max(1, min(found, most))
+        return max(1, min(capacity(self._need), self._most))
+
+    def _spread(self) -> bool:
+        """Whether workers go to different nodes; where a search has set resources aside, it has decided that."""
+        return self.scaling.placement == "spread" and ray.util.get_current_placement_group() is None
 
     def _check_resources(self) -> None:
+        if capacity(self._need) >= self.size:
+            return
         have = ray.cluster_resources()
-        need = {"CPU": self.scaling.cpus_per_worker * self.size}
-        if self.scaling.use_gpu:
-            need["GPU"] = self.scaling.gpus_per_worker * self.size
-        if any(have.get(kind, 0) < amount for kind, amount in need.items()):
-            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in need.items())
-            offered = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in need)
-            raise ResourceError(
-                f"{self.size} workers need {asked}; the cluster has {offered}. Lower scaling.num_workers, "
-                "scaling.cpus_per_worker or scaling.gpus_per_worker, or join a larger cluster with scaling.address"
-            )
+        asked = {kind: amount * self.size for kind, amount in self._need.items()}
+        offered = amounts({kind: have.get(kind, 0) for kind in asked})
+        raise ResourceError(
+            f"{self.size} workers need {amounts(asked)}; the cluster has {offered} and holds {capacity(self._need)} of "
+            "them. Lower scaling.num_workers or what a worker is given, join a larger cluster with scaling.address, or "
+            "set scaling.min_workers to begin while an autoscaler adds nodes"
+        )
 
     def _add_worker(self) -> None:
         worker: Any = self._actor.remote()
         self._starting[worker.ready.remote(sys.path, self._problem)] = worker
 
-    def _wait_for_first(self) -> None:
-        while not self._workers:
-            ready, _ = ray.wait(list(self._starting), timeout=self.scaling.start_timeout)
-            if not ready:
-                raise self._none_started()
-            self._admit(ready)
+    def _grow(self) -> None:
+        """Asks for more workers if their number is automatic and the cluster has grown."""
+        if self.scaling.num_workers != "auto" or time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        wanted = self._size()
+        for _ in range(wanted - len(self._workers) - len(self._starting)):
+            self._add_worker()
+        if wanted > self.size:
+            log.info("the cluster has room for %d workers now instead of %d", wanted, self.size)
+            self.size = wanted
 
-    def _none_started(self) -> ResourceError:
+    def _wait_for(self, least: int) -> None:
+        """Returns once ``least`` workers are in service."""
+        deadline = time.monotonic() + self.scaling.start_timeout
+        while len(self._workers) < least:
+            left = deadline - time.monotonic()
+            ready, _ = ray.wait(list(self._starting), timeout=max(0.0, min(SAY, left)))
+            if ready:
+                self._admit(ready)
+            elif left <= SAY:
+                raise self._none_started(least)
+            else:
+                log.info(
+                    "waiting for the cluster: %d of %d workers are there; each needs %s, free are %s",
+                    len(self._workers), least, amounts(self._need), self._free(),
+                )  # fmt: skip
+
+    def _free(self) -> str:
         free = ray.available_resources()
-        offered = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+        return amounts({kind: free.get(kind, 0) for kind in self._need})
+
+    def _none_started(self, least: int) -> ResourceError:
         return ResourceError(
-            f"no worker has started within {self.scaling.start_timeout:g} s; free in the cluster: {offered}. "
-            "Another job may hold the rest; scaling.start_timeout waits longer"
+            f"{len(self._workers)} of {least} workers have started within {self.scaling.start_timeout:g} s; each needs "
+            f"{amounts(self._need)}, free in the cluster are {self._free()}. Another job may hold the rest; "
+            "scaling.start_timeout waits longer"
         )
 
     def _admit(self, ready: Sequence[ray.ObjectRef]) -> None:
@@ -159,22 +164,55 @@ class RayPool:
         for ref in ready:
             worker = self._starting.pop(ref)
             try:
-                self._workers[worker] = ray.get(ref)
+                state: Ready = ray.get(ref)
+                if not self._same_hardware(state):
+                    ray.kill(worker)
+                    continue
+                if not state.has_data:
+                    ray.get(worker.take_data.remote(self._put_data()))
+                self._workers[worker] = state
                 self._stillborn = 0
             except RayTaskError as error:
                 raise _unwrap(error) from None
             except LOST as error:
-                self._workers.pop(worker, None)
                 self._stillborn += 1
                 if self._stillborn >= TRIES:
                     raise WorkerError(f"{TRIES} workers died while starting: {one_line(error)}") from error
                 log.warning("a worker died while starting (%s): another one is started", one_line(error))
                 self._add_worker()
 
+    def _same_hardware(self, state: Ready) -> bool:
+        """Whether a worker computes on what the others do, without which the bits would depend on who computes what.
+
+        Raises:
+            ResourceError: It does not, and was not one to come when there is room.
+        """
+        self._hardware = self._hardware or state.hardware
+        if state.hardware == self._hardware or self.scaling.mixed_hardware:
+            return True
+        text = f"the node {state.node} computes on {state.hardware}, the others on {self._hardware}"
+        if self.scaling.min_workers is None:
+            raise ResourceError(
+                f"{text}: results would depend on who computes what. Ask for one kind with scaling.resources, or allow "
+                "it with scaling.mixed_hardware=true"
+            )
+        log.warning("%s: its worker is left out; scaling.mixed_hardware=true takes it", text)
+        return False
+
+    def _put_data(self) -> ray.ObjectRef:
+        """The data of the tasks in the object store, from where each node fetches them once."""
+        if self._data is None:
+            assert isinstance(self._tasks, Portable)
+            self._data = ray.put(self._tasks.data())
+            log.info("the data of the tasks are sent to the nodes that do not have them")
+        return self._data
+
     def map(
         self, work: Work, vector: np.ndarray, shards: Sequence[Shard], upcoming: Sequence[Shard] = ()
     ) -> list[ShardResult]:
         """See `distmeta.distributed.executor.Executor.map`."""
+        start = time.perf_counter()
+        self._grow()
         broadcast = ray.put(vector)
         waiting = deque(range(len(shards)))
         results: dict[int, ShardResult] = {}
@@ -195,7 +233,7 @@ class RayPool:
                 [*running, *self._starting], num_returns=1, timeout=None if running else self.scaling.start_timeout
             )
             if not done:
-                raise self._none_started()
+                raise self._none_started(1)
             for ref in done:
                 if ref in self._starting:
                     self._admit([ref])
@@ -217,17 +255,20 @@ class RayPool:
                 else:
                     if not waiting and not queues[worker] and worker in ahead:
                         worker.prepare.remote(ahead.pop(worker))
-        return [results[index] for index in range(len(shards))]
+        ordered = [results[index] for index in range(len(shards))]
+        if work == "meta_gradient":
+            self._gauges.step(ordered, time.perf_counter() - start, len(self._workers))
+        return ordered
 
     def _replace(self, worker: Any, error: Exception, shard: Shard, tries: int) -> None:
         """Lets go of a lost worker and starts another, without waiting for it."""
         self.retries += 1
+        self._gauges.lost()
+        lost = self._workers.pop(worker)
         log.warning(
-            "worker %d was lost at %s (%s): another worker redoes them",
-            self._workers.pop(worker),
-            span(shard),
-            type(error).__name__,
-        )
+            "worker %d on %s was lost at %s (%s): another worker redoes them",
+            lost.process, lost.node, span(shard), type(error).__name__,
+        )  # fmt: skip
         ray.kill(worker)
         self._add_worker()
         if tries >= TRIES:
@@ -249,35 +290,6 @@ class RayPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
-    """Joins the cluster that ``scaling`` or the environment names, or starts one on this machine.
-
-    Raises:
-        ResourceError: The cluster cannot be reached.
-    """
-    address = scaling.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": log_to_driver, "namespace": "distmeta"}
-    start = time.perf_counter()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # A worker per core is the rule; who asks for more on one machine gets them, sharing the cores.
-            wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
-            cores = int(np.ceil(wanted)) if wanted > len(os.sched_getaffinity(0)) else None
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    except (ConnectionError, AuthenticationError, ValueError, RuntimeError) as error:
-        raise ResourceError(
-            f"the Ray cluster {address or 'of this machine'} cannot be joined ({one_line(error)}); is it up, and is "
-            "RAY_AUTH_MODE=token set here if it uses tokens?"
-        ) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # ray.init sets a handler of its own, which exits with 15
-    log.info("Ray is ready after %.1f s", time.perf_counter() - start)
 
 
 def _unwrap(error: RayTaskError) -> DistmetaError:

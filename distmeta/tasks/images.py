@@ -60,7 +60,7 @@ class ImageSet(NamedTuple):
         Raises:
             StorageError: the cache cannot be written.
         """
-        stem = cache_dir() / f"{name}-{key}"
+        stem = _stem(name, key)
         found = _open(stem)
         if found is None:
             _save(stem, build())
@@ -70,6 +70,10 @@ class ImageSet(NamedTuple):
                 f"{stem}.npy cannot be read back as it was written; set DISTMETA_CACHE to a folder on a sound disk"
             )
         return found
+
+
+def _stem(name: str, key: str) -> Path:
+    return cache_dir() / f"{name}-{key}"
 
 
 def _paths(stem: Path) -> tuple[Path, Path]:
@@ -219,6 +223,18 @@ class FewShotImages(ABC):
                     f"queries: lower tasks.{prefix}shots or tasks.{prefix}queries"
                 )
         return classes
+
+    def at_hand(self) -> bool:
+        """Whether the decoded data set is in this node's cache."""
+        return all(path.exists() for path in _paths(_stem(self.name, self._key)))
+
+    def data(self) -> ImageSet:
+        """The whole data set."""
+        return self.images
+
+    def attach(self, data: ImageSet) -> None:
+        """Takes the data set from elsewhere, where this node does not have it."""
+        self.images = data
 
     @property
     def _turns(self) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live as Screen
 from rich.table import Table
 
-from distmeta.tune.results import STATES
+from distmeta.tune.results import STATES, state_of
 from distmeta.tune.search import Search
 
 EVERY = 15.0  # seconds between lines of where things stand, where there is no terminal
@@ -29,10 +29,7 @@ class Live(Callback):
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.steps = search.trial_config(search.parsed.first()).train.steps
         self._best: dict[str, float] = {}
-        self._last: dict[str, dict[str, Any]] = {}
-        self._state: dict[str, str] = {}
         self._said = 0.0
 
     def __getstate__(self) -> dict[str, Any]:  # Tune keeps its callbacks in the state that it resumes from
@@ -46,10 +43,6 @@ class Live(Callback):
         if self._screen:
             self._screen.start()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial is begun, or goes on."""
-        self._state[trial.trial_id] = "running"
-
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -59,21 +52,18 @@ class Live(Callback):
         before = self._best.get(trial.trial_id)
         if math.isfinite(value) and (before is None or (value > before) == (mode == "max")):
             self._best[trial.trial_id] = value
-        self._last[trial.trial_id] = dict(result)
         self._show(trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has come to its end, or was stopped."""
-        last = self._last.get(trial.trial_id, {})
-        failure = last.get("failure")
-        state = "failed" if failure else "finished" if last.get("step", 0) >= self.steps else "pruned"
-        self._state[trial.trial_id] = state
-        self._line(trial, f"{state} at step {last.get('step', 0)}" + (f": {failure}" if failure else ""))
+        last = trial.last_result or {}
+        failure = f": {last['failure']}" if isinstance(last.get("failure"), str) else ""
+        state = state_of("TERMINATED", last, self._steps(trial))  # which Tune only says after this call
+        self._line(trial, f"{state} at step {last.get('step', 0)}{failure}")
         self._show(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed more often than it may."""
-        self._state[trial.trial_id] = "failed"
         self._line(trial, "failed: its process was lost or raised; results.csv says why")
         self._show(trials)
 
@@ -97,9 +87,11 @@ class Live(Callback):
             self._console.print(self._counts(trials), markup=False)
 
     def _counts(self, trials: list[Any]) -> str:
-        states = Counter(self._state.get(trial.trial_id, "waiting") for trial in trials)
+        states = Counter(self._state(trial) for trial in trials)
         states["waiting"] += max(0, self.search.trials - len(trials))  # that have not been drawn yet
-        text = ", ".join(f"{states[state]} {state}" for state in ("running", "waiting", *STATES) if states[state])
+        text = ", ".join(
+            f"{states[state]} {state}" for state in ("running", "paused", "waiting", *STATES) if states[state]
+        )
         ranked = self._ranked(trials)
         if ranked:
             text += (
@@ -118,12 +110,18 @@ class Live(Callback):
             best = self._best.get(trial.trial_id)
             table.add_row(
                 name_of(trial),
-                self._state.get(trial.trial_id, "waiting"),
-                f"{self._last.get(trial.trial_id, {}).get('step', 0)}/{self.steps}",
+                self._state(trial),
+                f"{(trial.last_result or {}).get('step', 0)}/{self._steps(trial)}",
                 "" if best is None else f"{best:.4f}",
                 self._settings(trial),
             )
         return table
+
+    def _steps(self, trial: Any) -> int:
+        return self.search.trial_config(trial.config).train.steps
+
+    def _state(self, trial: Any) -> str:
+        return state_of(trial.status, trial.last_result, self._steps(trial))
 
     def _settings(self, trial: Any) -> str:
         settings = self.search.parsed.short(trial.config)

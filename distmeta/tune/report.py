@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ STATES = {"finished": (BLUE, 1.2), "pruned": (ORANGE, 0.9), "unfinished": (GREY,
 BEST = "best configuration"
 SELECTION = (
     "Trials are compared by their validations, on tasks of classes that are neither in training nor in test; a trial's "
-    "score is the best of its validations. Test tasks were used once, for the best configuration, after the search."
+    "score is that of its best checkpoint. The best configuration is the best of those that were trained to their end. "
+    "Test tasks were used for it alone, after the search."
 )
 
 
@@ -104,24 +106,24 @@ def _table(search: Search, trials: Sequence[Trial]) -> str:
     rows: list[list[str]] = []
     for group in groups_of(trials, search):
         for trial in group.trials:
-            scores = [show(trial.score(m, mode)) for m, mode in zip(search.metrics, search.modes, strict=True)]
+            scores = [show(trial.score(metric)) for metric in search.metrics]
             settings = settings_text(search.parsed.short(trial.sample))
             state = f"{trial.state}: {trial.failure}" if trial.failure else trial.state
-            seed = str(trial.sample.get("seed", search.seeds[0]))
+            seed = str(search.trial_config(trial.sample).seed)
             rows.append([trial.name, state, f"{trial.step:,}", *scores, f"{trial.seconds:,.1f}", seed, settings])
     return table(["", "state", "steps", *search.metrics, "seconds of training", "seed", "settings"], rows)
 
 
 def _budget(search: Search, trials: Sequence[Trial], best: set[str]) -> Figure | None:
     metric = search.metrics[0]
-    if not any(trial.history for trial in trials):
+    if not any(trial.reports for trial in trials):
         return None
     figure = blank(9, 4.8)
     panel = figure.subplots()
     for trial in sorted(trials, key=lambda trial: trial.name in best):
-        steps = [row["step"] for row in trial.history]
+        steps = [row["step"] for row in trial.reports]
         colour, width = (VERMILLION, 2.2) if trial.name in best else STATES[trial.state]
-        values = [row[metric] for row in trial.history]
+        values = [row[metric] for row in trial.reports]
         panel.plot(steps, values, color=colour, linewidth=width, marker=".", alpha=1 if trial.name in best else 0.7)
     panel.set_xlabel("outer steps")
     panel.set_ylabel(f"validation {metric}")
@@ -140,11 +142,11 @@ def _count(trials: Sequence[Trial], state: str, best: set[str]) -> int:
 def _parallel(search: Search, trials: Sequence[Trial], best: set[str]) -> Figure | None:
     """Parallel coordinates: an axis for each dimension, and the first metric last."""
     metric, mode = search.metrics[0], search.modes[0]
-    scored = [trial for trial in trials if math.isfinite(trial.score(metric, mode))]
+    scored = [trial for trial in trials if math.isfinite(trial.score(metric))]
     if not scored:
         return None
     dimensions = search.parsed.dimensions
-    scores = np.array([trial.score(metric, mode) for trial in scored])
+    scores = np.array([trial.score(metric) for trial in scored])
     figure = blank(min(14.0, max(7.0, 2.0 * (len(dimensions) + 1))), 5.2)
     axis = figure.subplots()
     colours = ScalarMappable(
@@ -155,11 +157,16 @@ def _parallel(search: Search, trials: Sequence[Trial], best: set[str]) -> Figure
         active = {dimension.label for dimension in search.parsed.active(trial.sample)}
         places = [_place(d, trial.sample[d.label]) if d.label in active else math.nan for d in dimensions]
         places.append((score - ends[0]) / ((ends[1] - ends[0]) or 1))
-        known = [i for i, place in enumerate(places) if not math.isnan(place)]
         style: dict[str, Any] = {"color": colours.to_rgba(score), "linewidth": 1.2, "alpha": 0.8}  # pyright: ignore[reportArgumentType]
         if trial.name in best:
             style = {"color": VERMILLION, "linewidth": 2.4}
-        axis.plot(known, [places[i] for i in known], marker="o", markersize=3, **style)
+        known = [i for i, place in enumerate(places) if not math.isnan(place)]
+        axis.plot(known, [places[i] for i in known], linestyle="", marker="o", markersize=3, color=style["color"])
+        for one, other in pairwise(
+            known
+        ):  # faint where it passes the axes of alternatives that the trial does not have
+            passing = {"linestyle": ":", "alpha": 0.35} if other > one + 1 else {}
+            axis.plot([one, other], [places[one], places[other]], **(style | passing))
     for i, dimension in enumerate(dimensions):
         _ruler(axis, i, [(_place(dimension, value), show(value)) for value in _ticks(dimension)])
     _ruler(axis, len(dimensions), [(share, show(ends[0] + share * (ends[1] - ends[0]))) for share in (0, 0.5, 1)])
@@ -206,7 +213,7 @@ def _broken(label: str) -> str:
 def _importance(shares: Mapping[str, float]) -> Figure | None:
     if not shares:
         return None
-    figure = blank(8, 1.2 + 0.4 * len(shares))
+    figure = blank(8, max(2.6, 1.2 + 0.4 * len(shares)))
     panel = figure.subplots()
     panel.barh([label.replace("$", r"\$") for label in shares], list(shares.values()), color=BLUE, height=0.6)
     panel.invert_yaxis()
@@ -224,7 +231,7 @@ def _front(search: Search, trials: Sequence[Trial], front: set[str]) -> Figure:
     (x, x_mode), (y, y_mode) = list(zip(search.metrics, search.modes, strict=True))[1::-1]
     for trial in trials:
         colour, size = (VERMILLION, 60) if trial.name in front else (GREY, 25)
-        panel.scatter(trial.score(x, x_mode), trial.score(y, y_mode), color=colour, s=size)
+        panel.scatter(trial.score(x), trial.score(y), color=colour, s=size)
     panel.set_xlabel(f"{x} ({x_mode})")
     panel.set_ylabel(f"{y} ({y_mode})")
     panel.xaxis.set_major_locator(MaxNLocator(6))

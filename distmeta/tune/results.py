@@ -12,14 +12,33 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from ray.tune import ResultGrid
+from ray.tune import ExperimentAnalysis
 from ray.tune.search.sample import Domain
 
 from distmeta.errors import one_line
+from distmeta.evaluation import better
+from distmeta.runs import RunFolder
 from distmeta.tune.search import Search
 from distmeta.tune.space import Dimension
+from distmeta.tune.trial import COSTS
 
 STATES = ("finished", "pruned", "failed", "unfinished")
+
+
+def state_of(status: str, last: Mapping[str, Any] | None, steps: int) -> str:
+    """What has become of a trial: one of `STATES`, or ``running``, ``paused`` or ``waiting``.
+
+    Args:
+        status: In Tune's words.
+        last: What it has reported last, if anything.
+        steps: Outer steps to its end.
+    """
+    last = {} if last is None else last
+    if isinstance(last.get("failure"), str) or status == "ERROR":
+        return "failed"
+    if status == "TERMINATED":
+        return "finished" if last.get("step", 0) >= steps else "pruned"
+    return {"RUNNING": "running", "PAUSED": "paused"}.get(status, "waiting")
 
 
 @dataclass(frozen=True)
@@ -30,32 +49,35 @@ class Trial:
     sample: dict[str, Any]
     """A value for each dimension of the space; with the seed, if there are several."""
     state: str
-    """``finished``, ``pruned``, ``failed`` or ``unfinished``."""
+    """One of `STATES`."""
     failure: str
     """Why it failed; empty otherwise."""
-    history: list[dict[str, Any]]
+    reports: list[dict[str, Any]]
     """What it has reported, a mapping for each validation."""
+    lineage: list[dict[str, Any]]
+    """The validations of the run that it has come to hold: its own, or in population based training another's first."""
     folder: str | None
     """Its run folder as Tune has kept it."""
 
     @property
     def step(self) -> int:
         """Outer steps that it has come to."""
-        return int(self.history[-1]["step"]) if self.history else 0
+        return int(self.reports[-1]["step"]) if self.reports else 0
 
     @property
     def seconds(self) -> float:
         """What it has cost: seconds of meta-training."""
-        return float(self.history[-1]["seconds"]) if self.history else 0.0
+        return float(self.reports[-1]["seconds"]) if self.reports else 0.0
 
-    def score(self, metric: str, mode: str) -> float:
-        """The best of its validations, which is what its best checkpoint holds; NaN if there is none."""
-        values = [row[metric] for row in self.history if math.isfinite(row.get(metric, math.nan))]
-        return float((max if mode == "max" else min)(values)) if values else math.nan
-
-    def key(self) -> str:
-        """The same for trials that differ in their seed alone."""
-        return json.dumps({k: v for k, v in self.sample.items() if k != "seed"}, sort_keys=True, default=str)
+    def score(self, metric: str) -> float:
+        """The metric at the run's best checkpoint, or what the whole of it has cost; NaN if it has no validation."""
+        if metric in COSTS:
+            return float(self.reports[-1][metric]) if self.reports else math.nan
+        best: dict[str, Any] | None = None
+        for evaluation in self.lineage:
+            if better(evaluation, best["after"]["mean"] if best else None):  # as the run chooses its best checkpoint
+                best = evaluation
+        return float(best["by_inner_step"][metric][-1]["mean"]) if best else math.nan
 
 
 @dataclass(frozen=True)
@@ -68,70 +90,80 @@ class Group:
     spread: float = field(default=0.0)
     """Standard deviation of the scores over seeds."""
 
-
-def trials_of(grid: ResultGrid, search: Search) -> list[Trial]:
-    """The trials of a search, finished or not, in the order in which they were drawn."""
-    trials: list[Trial] = []
-    for result in sorted((grid[i] for i in range(len(grid))), key=lambda result: result.path):
-        frame = result.metrics_dataframe
-        rows = [] if frame is None else cast("list[dict[str, Any]]", frame.to_dict("records"))
-        failure = next((str(row["failure"]) for row in rows if isinstance(row.get("failure"), str)), "")
-        if not failure and result.error is not None:
-            failure = one_line(result.error).rpartition("distmeta.errors.")[2] or "lost"
-        history = [row for row in rows if "tasks_per_second" in row and not isinstance(row.get("failure"), str)]
-        step = int(history[-1]["step"]) if history else 0
-        done = bool(rows and rows[-1].get("done"))
-        sample = dict(result.config or {})
-        finished = step >= steps_of(search, sample)
-        state = "failed" if failure else "finished" if finished else "pruned" if done else "unfinished"
-        folder = result.checkpoint.path if result.checkpoint else None
-        trials.append(Trial(Path(result.path).name, sample, state, failure, history, folder))
-    return trials
+    @property
+    def finished(self) -> bool:
+        """Whether all of its trials were trained to their end."""
+        return all(trial.state == "finished" for trial in self.trials)
 
 
-def steps_of(search: Search, sample: Mapping[str, Any]) -> int:
-    """Outer steps of a trial that is not stopped early."""
-    return search.trial_config(sample).train.steps
+def trials_of(folder: Path, search: Search) -> list[Trial]:
+    """The trials whose state Tune has kept in ``folder``, in the order in which they were drawn."""
+    analysis = ExperimentAnalysis(str(folder))
+    return sorted((_trial(trial, analysis, search) for trial in analysis.trials), key=lambda trial: trial.name)
+
+
+def _trial(trial: Any, analysis: ExperimentAnalysis, search: Search) -> Trial:
+    frame = analysis.trial_dataframes.get(trial.trial_id)
+    rows = [] if frame is None else cast("list[dict[str, Any]]", frame.to_dict("records"))
+    failure = next((str(row["failure"]) for row in rows if isinstance(row.get("failure"), str)), "")
+    state = state_of(trial.status, trial.last_result, search.trial_config(trial.config).train.steps)
+    if state == "failed" and not failure:
+        failure = _lost(trial)
+    reports = [row for row in rows if "tasks_per_second" in row and not isinstance(row.get("failure"), str)]
+    folder = trial.checkpoint.path if trial.checkpoint else None
+    records = RunFolder(folder).records() if folder and Path(folder).is_dir() else []
+    lineage = [record for record in records if record["kind"] == "val"]
+    known = state if state in STATES else "unfinished"
+    return Trial(Path(trial.path).name, dict(trial.config), known, failure, reports, lineage, folder)
+
+
+def _lost(trial: Any) -> str:
+    """Why a trial's process has ended, in a sentence."""
+    error = trial.get_error()
+    text = "" if error is None else one_line(error)
+    if "distmeta.errors." in text:
+        return text.rpartition("distmeta.errors.")[2]
+    return f"its process was lost or raised ({text[:200]}…)" if len(text) > 200 else text or "its process was lost"
 
 
 def groups_of(trials: Sequence[Trial], search: Search) -> list[Group]:
     """The configurations, the best by the first metric first; those without a score last."""
-    metric, mode = search.metrics[0], search.modes[0]
+    members: dict[str, list[Trial]] = {}
+    for trial in trials:
+        # Without several seeds every trial stands for itself, also where two have drawn the same values.
+        plain = {key: value for key, value in trial.sample.items() if key != "seed"}
+        members.setdefault(json.dumps(plain, sort_keys=True, default=str) if search.seeds else trial.name, []).append(
+            trial
+        )
     groups: list[Group] = []
-    for key in dict.fromkeys(trial.key() for trial in trials):
-        members = [trial for trial in trials if trial.key() == key]
-        scores = np.array([math.nan if t.state == "failed" else t.score(metric, mode) for t in members])
-        groups.append(Group(members, float(scores.mean()), float(scores.std(ddof=1)) if len(scores) > 1 else 0.0))
-    sign = -1 if mode == "max" else 1
+    for group in members.values():
+        scores = np.array([math.nan if t.state == "failed" else t.score(search.metrics[0]) for t in group])
+        groups.append(Group(group, float(scores.mean()), float(scores.std(ddof=1)) if len(scores) > 1 else 0.0))
+    sign = -1 if search.modes[0] == "max" else 1
     return sorted(groups, key=lambda group: (math.isnan(group.mean), sign * np.nan_to_num(group.mean)))
 
 
 def winner_of(groups: Sequence[Group]) -> Group | None:
     """The best configuration that was trained to its end, or if none was, the best of all; None if all have failed."""
     scored = [group for group in groups if math.isfinite(group.mean)]
-    finished = [group for group in scored if all(trial.state == "finished" for trial in group.trials)]
-    return (finished or scored or [None])[0]
+    return ([group for group in scored if group.finished] or scored or [None])[0]
 
 
 def front_of(groups: Sequence[Group], search: Search) -> list[Group]:
-    """The configurations that no other one beats in every metric at once (the Pareto front)."""
+    """The finished configurations that no other one beats in every metric at once (the Pareto front)."""
     signs = [1.0 if mode == "max" else -1.0 for mode in search.modes]
-    points = {
-        id(group): [
-            sign * float(np.mean([t.score(m, mode) for t in group.trials]))
-            for sign, m, mode in zip(signs, search.metrics, search.modes, strict=True)
+    finished = [group for group in groups if group.finished and math.isfinite(group.mean)]
+    points = [
+        [
+            sign * float(np.mean([t.score(m) for t in group.trials]))
+            for sign, m in zip(signs, search.metrics, strict=True)
         ]
-        for group in groups
-        if math.isfinite(group.mean)
-    }
+        for group in finished
+    ]
     return [
         group
-        for group in groups
-        if id(group) in points
-        and not any(
-            all(a >= b for a, b in zip(other, points[id(group)], strict=True)) and other != points[id(group)]
-            for other in points.values()
-        )
+        for group, point in zip(finished, points, strict=True)
+        if not any(all(a >= b for a, b in zip(o, point, strict=True)) and o != point for o in points)
     ]
 
 
@@ -145,7 +177,7 @@ def importances(trials: Sequence[Trial], search: Search) -> dict[str, float]:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     metric, mode = search.metrics[0], search.modes[0]
-    scored = [trial for trial in trials if math.isfinite(trial.score(metric, mode))]
+    scored = [trial for trial in trials if math.isfinite(trial.score(metric))]
     always = [dimension for dimension in search.parsed.dimensions if not dimension.given]
     distributions = {d.label: found for d in always if (found := _distribution(d, scored))}
     if len(scored) < 8 or not distributions:
@@ -154,7 +186,7 @@ def importances(trials: Sequence[Trial], search: Search) -> dict[str, float]:
     study = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
     for trial in scored:
         params = {label: trial.sample[label] for label in distributions}
-        value = trial.score(metric, mode)
+        value = trial.score(metric)
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
     return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.25))
 
@@ -177,15 +209,15 @@ def table_csv(trials: Sequence[Trial], search: Search) -> str:
     """``results.csv``: a row for each trial."""
     labels = [dimension.label for dimension in search.parsed.dimensions]
     columns = ["trial", "state", "seed", *labels]
-    measures = ["best_" + metric for metric in search.metrics]
+    measures = [metric if metric in COSTS else f"best_{metric}" for metric in search.metrics]
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow([*columns, "step", *measures, "train_seconds", "failure", "folder"])
     for trial in trials:
         active = {d.label for d in search.parsed.active(trial.sample)}
         values = [trial.sample[label] if label in active else "" for label in labels]
-        scores = [trial.score(metric, mode) for metric, mode in zip(search.metrics, search.modes, strict=True)]
-        seed = trial.sample.get("seed", search.seeds[0])
+        scores = [trial.score(metric) for metric in search.metrics]
+        seed = search.trial_config(trial.sample).seed
         writer.writerow(
             [trial.name, trial.state, seed, *values, trial.step, *scores, trial.seconds, trial.failure, trial.folder]
         )

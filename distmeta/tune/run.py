@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,22 @@ import ray
 import yaml
 from pydantic import ValidationError
 from ray import tune
-from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.error import TuneError
 
 from distmeta.adaptation import evaluate
 from distmeta.components import explain, nearest
 from distmeta.config import load, read_yaml
+from distmeta.distributed.cluster import check_room, connect
 from distmeta.distributed.executor import InProcess
-from distmeta.distributed.ray import connect
-from distmeta.errors import ConfigError, ResourceError, RunError, Stopped, WorkerError, one_line
+from distmeta.errors import ConfigError, RunError, Stopped, WorkerError, one_line
 from distmeta.evaluation import describe, evaluate_tasks
 from distmeta.experiment import assemble
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.training import StopSignal
 from distmeta.tune.live import Live, name_of
 from distmeta.tune.report import settings_text, write_report
-from distmeta.tune.results import STATES, Group, front_of, groups_of, steps_of, table_csv, trials_of, winner_of
+from distmeta.tune.results import STATES, Group, front_of, groups_of, table_csv, trials_of, winner_of
 from distmeta.tune.search import Search, load_search, make_scheduler, make_searcher
 from distmeta.tune.trial import COSTS, resources, run_trial
 
@@ -68,7 +68,7 @@ def search(source: str | Path | Mapping[str, Any], *changes: str) -> Path:
         tuner = Tuner(
             _trainable(settings),
             param_space=settings.parsed.domains()
-            | ({"seed": tune.grid_search(settings.seeds)} if len(settings.seeds) > 1 else {}),
+            | ({"seed": tune.grid_search(settings.seeds)} if settings.seeds else {}),
             tune_config=TuneConfig(
                 metric=None if isinstance(settings.metric, list) else settings.metric,
                 mode=None if isinstance(settings.mode, list) else settings.mode,
@@ -88,7 +88,8 @@ def search(source: str | Path | Mapping[str, Any], *changes: str) -> Path:
                 checkpoint_config=CheckpointConfig(num_to_keep=None if settings.scheduler.use == "pbt" else 2),
             ),
         )
-        _conclude(settings, run, _fit(tuner, run))
+        _fit(tuner, run)
+        _conclude(settings, run)
     return run.path
 
 
@@ -112,6 +113,11 @@ def resume_search(path: str | Path) -> Path:
         settings = Search.model_validate(read_yaml(file))
     except ValidationError as error:
         raise RunError(f"{file} is damaged: {explain(error, Search)}") from error
+    if settings.scheduler.use == "hyperband":
+        raise RunError(
+            "a search with scheduler.use: hyperband cannot be resumed, since Tune does not keep its brackets; begin it "
+            "anew, or take asha"
+        )
     state = run.path / "trials"
     with run.lock(), _cluster(settings):
         trainable = _trainable(settings)
@@ -121,7 +127,8 @@ def resume_search(path: str | Path) -> Path:
             tuner = Tuner.restore(str(state), trainable, resume_errored=True)
         except Exception as error:  # Tune raises what unpickling raises
             raise RunError(f"the state in {state} is damaged ({one_line(error)}); start the search anew") from error
-        _conclude(settings, run, _fit(tuner, run))
+        _fit(tuner, run)
+        _conclude(settings, run)
     return run.path
 
 
@@ -160,7 +167,8 @@ class _cluster:
             scaling = self.search.trial_config(self.search.parsed.first()).scaling
             connect(scaling.model_copy(update={"num_workers": "auto"}), log_to_driver=False)
         try:
-            check_room(factory.bundles)
+            driver, *workers = factory.bundles
+            check_room(driver, workers[0] if workers else {}, len(workers))
         except BaseException:
             self.__exit__()
             raise
@@ -168,28 +176,6 @@ class _cluster:
     def __exit__(self, *exception: object) -> None:
         if self._owned:
             ray.shutdown()
-
-
-def check_room(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Raises `ResourceError` if the cluster, even when idle, cannot place all ``bundles`` of a trial at once."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    free = [dict(node) for node in nodes]
-    # First fit, the largest bundle first: exact for the equal worker bundles that a trial consists of.
-    for bundle in sorted(bundles, key=lambda b: -sum(b.values())):
-        fitting = [node for node in free if all(node.get(kind, 0) >= need for kind, need in bundle.items())]
-        if not fitting:
-            asked = " + ".join(_amounts(b) for b in bundles)
-            have = "; ".join(_amounts({k: v for k, v in node.items() if k in ("CPU", "GPU")}) for node in nodes)
-            raise ResourceError(
-                f"this cluster can never place a trial: it needs {asked}; the nodes have {have}. Lower "
-                "set.scaling.num_workers, driver_cpus, or what a worker is given"
-            )
-        for kind, need in bundle.items():
-            fitting[0][kind] -= need
-
-
-def _amounts(bundle: Mapping[str, float]) -> str:
-    return "(" + ", ".join(f"{amount:g} {kind}" for kind, amount in sorted(bundle.items())) + ")"
 
 
 def _trainable(search: Search) -> Any:
@@ -223,26 +209,35 @@ class _Stop(StopSignal):
 
     notice = "stopping the search, whose state is saved; a second signal ends at once"
 
+    def __enter__(self) -> StopSignal:
+        self._tune = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which would end the process by default
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        signal.signal(signal.SIGUSR1, self._tune)
+
     def _stop(self, number: int, frame: object) -> None:
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
+            raise KeyboardInterrupt  # Tune does not listen yet, or no longer
         super()._stop(number, frame)
         signal.raise_signal(signal.SIGUSR1)
 
 
-def _fit(tuner: Tuner, run: RunFolder) -> ResultGrid:
+def _fit(tuner: Tuner, run: RunFolder) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it says of trials stands in the table
     with _Stop() as stop:
         try:
-            grid = tuner.fit()
+            tuner.fit()
         except TuneError as error:
             raise WorkerError(f"Tune has failed: {one_line(error)}; `distmeta tune --resume {run.path}`") from error
     if stop.requested:
         raise Stopped(f"stopped; `distmeta tune --resume {run.path}` goes on with it")
-    return grid
 
 
-def _conclude(search: Search, run: RunFolder, grid: ResultGrid) -> None:
+def _conclude(search: Search, run: RunFolder) -> None:
     """Writes what has come out: table, best configuration, the winner's test, report."""
-    trials = trials_of(grid, search)
+    trials = trials_of(run.path / "trials", search)
     groups = groups_of(trials, search)
     winner = winner_of(groups)
     run.write("results.csv", table_csv(trials, search))
@@ -252,7 +247,7 @@ def _conclude(search: Search, run: RunFolder, grid: ResultGrid) -> None:
         **counts,
         "seconds_of_training": sum(trial.seconds for trial in trials),
         "outer_steps": sum(trial.step for trial in trials),
-        "outer_steps_without_pruning": sum(steps_of(search, trial.sample) for trial in trials),
+        "outer_steps_without_pruning": sum(search.trial_config(trial.sample).train.steps for trial in trials),
     }
     if winner is None:
         run.write("summary.json", json.dumps(summary, indent=2))

@@ -26,9 +26,10 @@ from torch import equal
 
 from distmeta.components import Component, build, explain, find, nearest
 from distmeta.config import DEFAULT, Config, Section, load, merge, packaged, read_yaml
-from distmeta.errors import ConfigError, DistmetaError, one_line, positive
+from distmeta.distributed.cluster import demand
+from distmeta.errors import ConfigError, DistmetaError, at_least, one_line, positive
 from distmeta.experiment import assemble, complete
-from distmeta.tune.space import Space, flat, overrides
+from distmeta.tune.space import Space, flat, nested, overrides
 
 Mode = Literal["max", "min"]
 
@@ -43,7 +44,9 @@ class Search(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="settings of all trials, dotted or nested")
     space: dict[str, Any] = Field(description="settings to search, each with a distribution in Tune's vocabulary")
     samples: int = Field(16, ge=1, description="trials, or repetitions of the whole grid where there is a grid_search")
-    seeds: list[int] = Field(default=[0], min_length=1, description="each configuration is trained once with each")
+    seeds: list[int] | None = Field(
+        None, min_length=1, description="each configuration is trained once with each; null: once, with the base's seed"
+    )
     seed: int = Field(0, ge=0, description="of the searcher's own random numbers")
     metric: str | list[str] = Field(
         "accuracy", description="what validation calls it, or seconds; a list: several at once (optuna alone)"
@@ -67,7 +70,13 @@ class Search(Section):
             raise ConfigError(f"mode: give one max or min for each metric; given {self.mode} for {self.metric}")
         if len(self.metrics) > 1 and (self.searcher.use != "optuna" or self.scheduler.use != "none"):
             raise ConfigError("metric: several at once need searcher.use: optuna and scheduler.use: none")
-        if len(self.seeds) > 1 and (self.searcher.use != "random" or self.scheduler.use != "none"):
+        if self.seeds and "seed" in self.set:
+            raise ConfigError("set.seed: seeds stand under seeds; take it out of set")
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: one stands there twice: {self.seeds}")
+        if self.searcher.use == "optuna" and self.scheduler.use == "pbt":
+            raise ConfigError("searcher: pbt draws and changes values itself; take searcher.use: random with it")
+        if self.seeds and (self.searcher.use != "random" or self.scheduler.use != "none"):
             raise ConfigError(
                 "seeds: several need searcher.use: random and scheduler.use: none (which others would judge or stop "
                 "the runs of one configuration one by one)"
@@ -93,7 +102,7 @@ class Search(Section):
     def trials(self) -> int:
         """How many trials there will be."""
         grids = [len(d.values or ()) for d in self.parsed.dimensions if not isinstance(d.domain, Domain)]
-        return self.samples * prod(grids) * len(self.seeds)
+        return self.samples * prod(grids) * len(self.seeds or [0])
 
     def trial_config(self, sample: Mapping[str, Any], **settings: Any) -> Config:
         """The configuration of the trial that ``sample`` means.
@@ -118,7 +127,8 @@ class Search(Section):
         return {str(key): value for key, value in cast("dict[Any, Any]", settings).items()}
 
     def _changes(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        return flat(self.set) | self.parsed.settings(sample) | {"seed": sample.get("seed", self.seeds[0])}
+        seed = {"seed": sample["seed"]} if "seed" in sample else {}
+        return flat(self.set) | self.parsed.settings(sample) | seed
 
 
 def load_search(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) -> Search:
@@ -133,6 +143,8 @@ def load_search(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
     else:
         path = _path_of(source)
         where, data = str(path), {"name": path.stem} | read_yaml(path)
+    if isinstance(data.get("set"), Mapping):
+        data["set"] = nested(data["set"])  # so that set.train.steps=… meets what stands there as train.steps
     for change in changes:
         if "=" not in change or change.startswith(("=", "-")):
             raise ConfigError(f"{change!r} is not an override; give key=value, for example samples=8")
@@ -175,6 +187,9 @@ def check(search: Search) -> None:
     if flat(search.set).get("scaling.num_workers") == "auto":
         raise ConfigError("set.scaling.num_workers: a trial needs a number of workers; 0 computes in its own process")
     budgets: set[int] = set()
+    workers = flat(search.set).get("scaling.num_workers", 0)
+    if workers and not any(demand(load(search.base, overrides(flat(search.set))).scaling).values()):
+        raise ConfigError("set.scaling.cpus_per_worker: 0; a trial's workers must be given something to be placed by")
     for label, sample in space.probes():
         where = f"space.{label} = {sample[label]!r}" if label else f"space, at {space.settings(sample)}"
         try:
@@ -241,8 +256,8 @@ def optuna(
     if search.parsed.has_grid:
         raise ConfigError("searcher: optuna takes no grid_search; write choice instead, or take searcher.use=random")
     for dimension in search.parsed.dimensions:
-        if isinstance(dimension.domain, Domain) and "Normal" in type(dimension.domain.get_sampler()).__name__:
-            raise ConfigError(f"space.{dimension.label}: optuna takes no normal distribution; give bounds")
+        if dimension.distribution in ("randn", "qrandn", "qloguniform", "qlograndint"):
+            raise ConfigError(f"space.{dimension.label}: optuna takes no {dimension.distribution}; give another one")
     sampler = TPESampler(seed=search.seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
     searcher = OptunaSearch(metric=search.metric, mode=search.mode, sampler=sampler)  # pyright: ignore[reportArgumentType]
     return ConcurrencyLimiter(searcher, max_concurrent=search.max_concurrent) if search.max_concurrent else searcher
@@ -263,6 +278,7 @@ def asha(
     steps, every = _budget(search)
     grace = _interval("scheduler.grace", grace, steps, every)
     _check_factor(reduction_factor)
+    at_least("scheduler.brackets", brackets, 1)
     return AsyncHyperBandScheduler("step", max_t=steps, grace_period=grace, reduction_factor=reduction_factor,
                                    brackets=brackets)  # fmt: skip
 
@@ -271,9 +287,13 @@ def hyperband(
     search: Search,
     reduction_factor: Annotated[float, "of the trials of a bracket, 1 in so many goes on"] = 3,
 ) -> HyperBandScheduler:
-    """HyperBand (Li et al., 2017): brackets of successive halving, which wait for all of their trials."""
+    """HyperBand (Li et al., 2017): brackets of successive halving, which wait for all of their trials.
+
+    Its unit of time is the validation, which makes as many brackets as there is something to decide.
+    """
     _check_factor(reduction_factor)
-    return HyperBandScheduler("step", max_t=_budget(search)[0], reduction_factor=reduction_factor)
+    steps, every = _budget(search)
+    return HyperBandScheduler("validations", max_t=steps // every, reduction_factor=reduction_factor)
 
 
 def median(
@@ -307,8 +327,10 @@ def pbt(
         """Perturbation multiplies by 0.8 or 1.2, and knows no bounds."""
         for label, domain in bounds.items():
             if isinstance(domain, Domain) and not isinstance(domain, Categorical):
-                highest = domain.upper - 1 if type(domain).__name__ == "Integer" else domain.upper  # pyright: ignore[reportAttributeAccessIssue]
-                config[label] = domain.cast(min(max(config[label], domain.lower), highest))  # pyright: ignore[reportAttributeAccessIssue]
+                low, high = labels[label].probes()
+                step = getattr(domain.get_sampler(), "q", None)
+                value = config[label] if step is None else round(config[label] / step) * step
+                config[label] = domain.cast(min(max(value, low), high))
         return config
 
     return PopulationBasedTraining(
@@ -334,7 +356,12 @@ def _check_live(search: Search, label: str) -> None:
     if not dimension.key.startswith(("outer.lr", "outer.clip_norm", "algorithm.")):
         raise ConfigError(f"scheduler.mutate: {label} cannot change in a live run; outer.lr, outer.clip_norm and the "
                           "options of the algorithm can")  # fmt: skip
-    low, *_, high = dimension.probes()
+    if dimension.distribution in ("randn", "qrandn"):
+        raise ConfigError(f"space.{label}: pbt takes no {dimension.distribution}; give bounds")
+    if dimension.key == "outer.lr" and search.trial_config(space.first()).outer.schedule is not None:
+        raise ConfigError("scheduler.mutate: outer.lr follows outer.schedule; write set: {outer.schedule: null}, since "
+                          "the population makes a schedule of its own")  # fmt: skip
+    low, high = dimension.probes()[0], dimension.probes()[-1]
     ends = [
         assemble(search.trial_config(space.first() | dict(dimension.given) | {label: value}), prepare=False).initial
         for value in (low, high)

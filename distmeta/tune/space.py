@@ -12,7 +12,7 @@ A space maps settings to distributions, each a mapping of one of Tune's names to
 A choice has a list of values, or *alternatives* by name, each a mapping of further settings: constants, or again
 distributions. Those conditional dimensions are drawn in every trial, so that all searchers can have them, and count
 only where their alternative is chosen. A choice at the top of the space, below no setting, has alternatives with
-settings of any section. ``randint`` and its kin exclude the upper bound, as in Tune.
+settings of any section. As in Tune, ``randint`` and ``lograndint`` exclude the upper bound; quantized ones include it.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Dimension:
     alternatives: Mapping[str, Mapping[str, Any]] | None = None
     """If its values are names of alternatives: the constant settings of each, by dotted key."""
     given: Given = ()
+    distribution: str = "choice"
+    """The name in Tune's vocabulary."""
 
     @property
     def values(self) -> list[Any] | None:
@@ -76,7 +78,7 @@ class Dimension:
             return self.values
         domain = self.domain
         if isinstance(domain, Integer):
-            return [domain.lower, domain.upper - 1]
+            return [domain.lower, domain.upper - (0 if isinstance(domain.get_sampler(), Quantized) else 1)]
         if isinstance(domain, Float) and np.isfinite([domain.lower, domain.upper]).all():
             return [domain.lower, domain.upper]
         return [domain.sample(random_state=seed) for seed in range(8)]  # a normal distribution
@@ -181,10 +183,31 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in settings.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and _distribution(value) is None:
-            result |= flat(value, f"{path}.")
-        else:
-            result[path] = value
+        inner = isinstance(value, Mapping) and value and _distribution(value) is None
+        for found, content in (flat(value, f"{path}.") if inner else {path: value}).items():
+            if found in result:
+                raise ConfigError(f"{found} stands there twice")
+            result[found] = content
+    return result
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `flat`: a mapping without dotted keys.
+
+    Raises:
+        ConfigError: A key stands there twice, dotted and nested.
+    """
+    result: dict[str, Any] = {}
+    for key, value in flat(settings).items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key}: {parent} is a value already")
+        if last in place:
+            raise ConfigError(f"{key} stands there twice")
+        place[last] = value
     return result
 
 
@@ -230,7 +253,7 @@ def _dimensions(spec: Mapping[str, Any], key: str, label: str, given: Given) -> 
 
 def _dimension(key: str, label: str, name: str, arguments: Any, given: Given) -> Iterator[Dimension]:
     if name not in LISTED:
-        yield Dimension(label, key, _domain(label, name, arguments), given=given)
+        yield Dimension(label, key, _domain(label, name, arguments), given=given, distribution=name)
         return
     if not isinstance(arguments, (list, Mapping)) or not arguments:
         raise ConfigError(

@@ -17,6 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune import Checkpoint, PlacementGroupFactory
 
+from distmeta.distributed.cluster import demand
 from distmeta.errors import CheckpointError, ConfigError, DataError, NumericalError
 from distmeta.evaluation import Evaluation
 from distmeta.experiment import assemble
@@ -37,11 +38,11 @@ def resources(search: Search) -> PlacementGroupFactory:
     Without workers the driver computes, so that the GPU, if there is one, is its own.
     """
     scaling = search.trial_config(search.parsed.first()).scaling
-    gpu = {"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}
+    driver, worker = {"CPU": search.driver_cpus}, demand(scaling)
     if not scaling.num_workers:
-        return PlacementGroupFactory([{"CPU": search.driver_cpus, **gpu}])
-    worker = {"CPU": scaling.cpus_per_worker, **gpu}
-    return PlacementGroupFactory([{"CPU": search.driver_cpus}, *[worker] * int(scaling.num_workers)])
+        return PlacementGroupFactory([{kind: amount for kind, amount in (worker | driver).items() if amount}])
+    strategy = "SPREAD" if scaling.placement == "spread" else "PACK"
+    return PlacementGroupFactory([driver, *[worker] * int(scaling.num_workers)], strategy=strategy)
 
 
 def run_trial(sample: dict[str, Any], search: Search, path: Sequence[str], home: Path) -> None:
@@ -56,7 +57,8 @@ def run_trial(sample: dict[str, Any], search: Search, path: Sequence[str], home:
     sys.path += [entry for entry in path if entry not in sys.path]
     reported: dict[str, Any] = {}
     try:
-        run = RunFolder(Path.cwd() / "run")  # Tune gives each trial a working directory of its own
+        # Below the working directory that Tune gives each trial; the name is ours alone, wherever that is.
+        run = RunFolder(Path.cwd() / f"distmeta-{tune.get_context().get_trial_id()}")
         if home.is_dir():
             os.chdir(home)
         shutil.rmtree(run.path, ignore_errors=True)  # what an attempt before this one has left
@@ -84,8 +86,8 @@ def take_over(saved: Checkpoint, run: RunFolder, training: Training) -> None:
     saved.to_directory(run.path)
     before = run.config()
     training.restore(run, "last")
-    if (old := before.outer.lr) != (new := training.config.outer.lr):
-        training.outer.scale_lr(new / old)
+    if before.outer.lr != training.config.outer.lr:
+        training.outer.set_lr(training.config.outer.lr)
     run.write_config(training.config)
 
 
@@ -95,6 +97,7 @@ def measures(run: RunFolder, step: int, evaluation: Evaluation) -> Mapping[str, 
     values = {name: curve[-1]["mean"] for name, curve in evaluation["by_inner_step"].items()}
     return values | {
         "step": step,
+        "validations": sum(record["kind"] == "val" for record in run.records()),
         "ci95": evaluation["after"]["ci95"],
         **dict(zip(COSTS, (metrics.total_seconds(), metrics.tasks_per_second()), strict=True)),
     }

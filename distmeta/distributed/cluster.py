@@ -1,0 +1,98 @@
+"""The cluster: joining one or starting one, and what is said of its resources."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import AuthenticationError
+
+from distmeta.config import Scaling
+from distmeta.errors import ResourceError, one_line
+
+log = logging.getLogger("distmeta")
+
+
+def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
+    """Joins the cluster that ``scaling`` or the environment names, or starts one on this machine.
+
+    Raises:
+        ResourceError: The cluster cannot be reached.
+    """
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": log_to_driver, "namespace": "distmeta"}
+    start = time.perf_counter()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # A worker per core is the rule; who asks for more on one machine gets them, sharing the cores.
+            wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
+            cores = int(np.ceil(wanted)) if wanted > len(os.sched_getaffinity(0)) else None
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    except (ConnectionError, AuthenticationError, ValueError, RuntimeError) as error:
+        where = address or "of this machine"
+        raise ResourceError(f"the Ray cluster {where} cannot be joined ({one_line(error)}); {_advice()}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # ray.init sets a handler of its own, which exits with 15
+    log.info("Ray is ready after %.1f s", time.perf_counter() - start)
+
+
+def _advice() -> str:
+    """What to do about a cluster that cannot be joined: a token is the likeliest reason after its not being up."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode != "token":
+        return (
+            "is it up? If it uses tokens, set RAY_AUTH_MODE=token here and copy ~/.ray/auth_token from its head "
+            f"(RAY_AUTH_MODE is {mode or 'not set'})"
+        )
+    return "is it up, and is the token here (~/.ray/auth_token, or RAY_AUTH_TOKEN) that of its head?"
+
+
+def demand(scaling: Scaling) -> dict[str, float]:
+    """What one worker is given."""
+    gpus = {"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}
+    return {"CPU": scaling.cpus_per_worker} | gpus | scaling.resources
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """Resources for messages."""
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+
+
+def capacity(need: Mapping[str, float]) -> int:
+    """How many bundles of ``need`` the nodes can hold when idle."""
+    return sum(_holds(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+
+
+def check_room(driver: Mapping[str, float], worker: Mapping[str, float], workers: int) -> None:
+    """Raises `ResourceError` if the cluster, even when idle, cannot place a trial's driver and workers at once."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for chosen in nodes:
+        if _holds(chosen, driver) == 0:
+            continue
+        left = [{k: v - driver.get(k, 0) for k, v in node.items()} if node is chosen else node for node in nodes]
+        if not workers or sum(_holds(node, worker) for node in left) >= workers:
+            return
+    kinds = dict.fromkeys(["CPU", "GPU", *driver, *worker])
+    have = "; ".join(f"({amounts({kind: node.get(kind, 0) for kind in kinds})})" for node in nodes)
+    asked = f"({amounts(driver)})" + (f" and {workers} times ({amounts(worker)})" if workers else "")
+    raise ResourceError(
+        f"this cluster can never place a trial: it needs {asked}; the nodes have {have}. Lower "
+        "set.scaling.num_workers, driver_cpus, or what a worker is given"
+    )
+
+
+def _holds(node: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """How many times ``need`` fits into the resources of a node."""
+    wanted = {kind: amount for kind, amount in need.items() if amount > 0} or {"CPU": 1.0}
+    return min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items())

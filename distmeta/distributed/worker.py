@@ -1,0 +1,88 @@
+"""The actor: computes the shards that it is sent, and builds tasks ahead."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from ray import cloudpickle
+
+from distmeta.core.types import Portable, Task
+from distmeta.distributed.work import Problem, Shard, ShardResult, Work, named, reproducible
+from distmeta.errors import DataError
+
+
+class Ready(NamedTuple):
+    """What a worker says of itself once it can work."""
+
+    process: int
+    node: str
+    """The address of its node."""
+    hardware: str
+    """What it computes on: only equal hardware gives equal bits."""
+    has_data: bool
+    """Whether the data of the tasks, if they have any, are on its node."""
+
+
+class Worker:
+    """Holds nothing but caches, so that another one can take its place at any time."""
+
+    def __init__(self) -> None:
+        self.ahead: dict[Shard, list[Task]] = {}
+
+    def __repr__(self) -> str:
+        return "distmeta worker"  # what Ray writes before each line of its log
+
+    def ready(self, path: Sequence[str], pickled: bytes) -> Ready:
+        """Makes ready for a problem.
+
+        Args:
+            path: Where the driver finds modules: those that the problem's classes come from must be found here too.
+            pickled: The problem.
+
+        Raises:
+            ResourceError: There is no GPU where one is asked for.
+            WorkerError: The problem cannot be built here.
+        """
+        sys.path += [entry for entry in path if entry not in sys.path]
+        with named("building the problem in a worker (its modules must be importable there)"):
+            self.problem: Problem = cloudpickle.loads(pickled)
+        self.problem.check_device()
+        with reproducible(self.problem.threads, 0):  # torch loads much at its first use
+            pass
+        self.node = ray.util.get_node_ip_address()
+        has_data = not isinstance(self.problem.tasks, Portable) or self.problem.tasks.at_hand()
+        return Ready(os.getpid(), self.node, hardware(self.problem.device), has_data)
+
+    def take_data(self, data: Any) -> None:
+        """Takes the data of the tasks, which the workers of a node share in its object store."""
+        assert isinstance(self.problem.tasks, Portable)
+        self.problem.tasks.attach(data)
+
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        """Builds the tasks of ``shards`` while the driver is busy."""
+        self.ahead = {shard: self.problem.build(shard) for shard in shards}
+
+    def run(self, work: Work, vector: np.ndarray, shard: Shard) -> ShardResult:
+        """See `Problem.run`."""
+        try:
+            return self.problem.run(work, vector, shard, self.ahead.pop(shard, None))
+        except DataError as error:
+            raise DataError(f"on the node {self.node}: {error}") from error
+
+
+def hardware(device: str) -> str:
+    """The processor that this process computes on, as far as it decides which kernels are used."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor()} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
