@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distmeta.components import Component, explain, nearest
 from distmeta.errors import ConfigError, one_line
@@ -91,13 +91,25 @@ class Scaling(Section):
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="further Ray resources of a worker, for example {a100: 1}"
     )
-    placement: Literal["pack", "spread"] = Field("pack", description="workers on few nodes, or over all of them")
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="pack: as Ray does, a node is half filled before the next; spread: over all nodes"
+    )
     mixed_hardware: bool = Field(
         False, description="take workers of different processors too, though bits then depend on them"
     )
     threads_per_worker: int = Field(1, ge=1, description="threads of torch in a worker; part of the last bits")
     address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else a local one")
-    start_timeout: float = Field(300.0, gt=0, description="seconds to wait for the first worker")
+    start_timeout: float = Field(
+        300.0, gt=0, description="seconds to wait for the first worker, or min_workers of them"
+    )
+
+    @model_validator(mode="after")
+    def _least(self) -> Scaling:
+        if self.min_workers is not None and self.num_workers != "auto" and self.min_workers > self.num_workers:
+            raise ConfigError(
+                f"scaling.min_workers = {self.min_workers} is more than scaling.num_workers = {self.num_workers}"
+            )
+        return self
 
 
 class Config(Section):

@@ -56,6 +56,10 @@ TABLE = {
     "infinite outer rate": ["outer.lr=.inf", "outer.lr: input should be a finite number"],
     "negative size": ["model.use=mlp model.hidden=[-1]", "model: MLP refused its options"],
     "device": ["scaling.workers=1", "scaling.workers: unknown key"],
+    "more at least than at most": [
+        "scaling.num_workers=2 scaling.min_workers=3",
+        "scaling.min_workers = 3 is more than scaling.num_workers = 2",
+    ],
     "no equals sign": ["steps", "'steps' is not an override; give key=value"],
     "bad interpolation": ["train.steps=${no.such}", "the configuration cannot be read"],
 }

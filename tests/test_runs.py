@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from distmeta.core.loss import mse
 from distmeta.core.seeds import stream
 from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
 from distmeta.models import MLP
+from distmeta.report import status
 from distmeta.tasks.glyphs import Glyphs
 
 TINY = [
@@ -66,6 +68,24 @@ def test_a_run_folder_holds_what_the_design_says(trained: RunFolder) -> None:
     config = trained.config()
     assert config.tasks.options["rotations"] is False  # defaults are written out
     assert distmeta.config.load(trained.path / "config.yaml") == config
+
+
+def test_status_says_how_far_a_run_has_come(trained: RunFolder, tmp_path: Path) -> None:
+    said = cli("status", trained.path).stdout
+    assert "6 of 6 outer steps, finished" in said
+    assert "0 shards redone" in said and "validation  accuracy" in said and "test        accuracy" in said
+    copy = RunFolder(shutil.copytree(trained.path, tmp_path / "copy"))
+    (copy.path / "summary.json").unlink()
+    assert "stopped; `distmeta resume` goes on with it" in status(copy)
+    with copy.lock():
+        assert "6 of 6 outer steps, training" in status(copy)
+    assert cli("status", tmp_path).returncode == 2
+
+
+def test_defaults_that_are_no_plain_data_are_left_to_the_class(tmp_path: Path) -> None:
+    overrides = ["tasks.use=problems:Blobs", "train.steps=1", "scaling.num_workers=0", "evaluation.tasks=0"]
+    run = distmeta.train({}, *overrides, f"run_dir={tmp_path / 'run'}", model=MLP((3,), 3, (4,)))
+    assert run.config().tasks.options == {"shape": [3], "ways": 3, "shots": 2}  # dtype, a torch.dtype, is not written
 
 
 def test_no_steps_judge_the_untrained_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from distmeta import config
 from distmeta.cli import app
 from distmeta.config import load
 from distmeta.experiment import assemble, complete
+from distmeta.tune.results import Trial, groups_of, winner_of
 from distmeta.tune.search import load_search, searches
 from distmeta.tune.space import Space
 
@@ -105,6 +107,51 @@ def test_an_override_of_a_schedule_drops_the_options_of_the_one_before() -> None
     changed = load(BASE, ["outer.schedule.use=ExponentialLR", "outer.schedule.gamma=0.9"])
     assert changed.outer.schedule.options == {"gamma": 0.9}
     assert config.merge(BASE, ["train.steps=3"])["outer"]["schedule"]["T_max"] == "${train.steps}"
+
+
+def test_settings_of_all_trials_can_be_changed_however_they_are_written() -> None:
+    for written in ({"train.steps": 4}, {"train": {"steps": 4}}):
+        search = load_search({"base": BASE, "space": RATE, "set": written}, ["set.train.steps=6", "set.seed=5"])
+        trial = search.trial_config({"outer.lr": 0.01})
+        assert (trial.train.steps, trial.seed) == (6, 5)
+    assert load_search({"base": BASE | {"seed": 7}, "space": RATE}).trial_config({"outer.lr": 0.01}).seed == 7
+
+
+def test_probes_are_the_bounds_that_can_be_drawn() -> None:
+    space = Space(
+        {"a": {"randint": [2, 8]}, "b": {"qrandint": [2, 8, 2]}, "c": {"uniform": [0, 1]}, "d": {"choice": [3]}}
+    )
+    assert [dimension.probes() for dimension in space.dimensions] == [[2, 7], [2, 8], [0, 1], [3]]
+
+
+def _trial(name: str, state: str, rate: float, *values: tuple[float, float]) -> Trial:
+    """A trial with (accuracy, loss) of each validation, 10 seconds apart."""
+    lineage = [
+        {"step": step, "metric": "accuracy", "after": {"mean": accuracy},
+         "by_inner_step": {"accuracy": [{"mean": accuracy}], "loss": [{"mean": loss}]}}
+        for step, (accuracy, loss) in enumerate(values, 1)
+    ]  # fmt: skip
+    reports = [{"step": step, "seconds": 10.0 * step, "tasks_per_second": 1.0} for step in range(1, len(values) + 1)]
+    return Trial(name, {"outer.lr": rate}, state, "", reports, lineage, None)
+
+
+def test_a_score_is_that_of_the_best_checkpoint_and_a_cost_that_of_the_whole_run() -> None:
+    trial = _trial("trial-000", "finished", 0.1, (0.5, 1.0), (0.9, 0.8), (0.8, 0.6))
+    assert trial.score("accuracy") == 0.9
+    assert trial.score("loss") == 0.8, "of the checkpoint that is kept as the best, which goes by accuracy"
+    assert trial.score("seconds") == 30
+    assert math.isnan(_trial("trial-001", "failed", 0.1).score("accuracy"))
+
+
+def test_the_winner_is_the_best_that_was_trained_to_its_end() -> None:
+    search = load_search({"base": BASE, "space": {"outer.lr": {"choice": [0.1, 0.2]}}})
+    twins = [_trial("trial-000", "finished", 0.1, (0.9, 1.0)), _trial("trial-001", "pruned", 0.1, (0.5, 1.0))]
+    others = [_trial("trial-002", "finished", 0.2, (0.6, 1.0)), _trial("trial-003", "pruned", 0.2, (0.95, 1.0))]
+    groups = groups_of([*twins, *others], search)
+    assert [group.trials[0].name for group in groups] == ["trial-003", "trial-000", "trial-002", "trial-001"]
+    winner = winner_of(groups)
+    assert winner is not None and [trial.name for trial in winner.trials] == ["trial-000"]
+    assert winner_of(groups_of([_trial("trial-000", "failed", 0.1)], search)) is None
 
 
 def run(*arguments: object) -> Result:
@@ -235,6 +282,26 @@ TABLE = {
             "scheduler": {"use": "pbt", "mutate": ["algorithm[a].inner_lr"]},
         },
         "sets where meta-parameters start from; in a live run it would have no effect",
+    ),
+    "pbt of a scheduled rate": (
+        {"scheduler": {"use": "pbt"}},
+        "scheduler.mutate: outer.lr follows outer.schedule; write set: {outer.schedule: null}",
+    ),
+    "pbt with optuna": (
+        {"scheduler": {"use": "pbt"}, "searcher": {"use": "optuna"}},
+        "searcher: pbt draws and changes values itself; take searcher.use: random with it",
+    ),
+    "seeds twice": ({"seeds": [1], "set": {"seed": 5}}, "set.seed: seeds stand under seeds"),
+    "one seed twice": ({"seeds": [1, 1]}, "seeds: one stands there twice: [1, 1]"),
+    "key twice": ({"set": {"train": {"steps": 4}, "train.steps": 8}}, "train.steps stands there twice"),
+    "no brackets": ({"scheduler": {"use": "asha", "brackets": 0}}, "scheduler.brackets must be at least 1; given: 0"),
+    "quantized logarithm with optuna": (
+        {"space": {"algorithm.inner_steps": {"qlograndint": [2, 8, 2]}}, "searcher": {"use": "optuna"}},
+        "space.algorithm.inner_steps: optuna takes no qlograndint",
+    ),
+    "workers of nothing": (
+        {"set": {"scaling.num_workers": 1, "scaling.cpus_per_worker": 0}},
+        "set.scaling.cpus_per_worker: 0; a trial's workers must be given something to be placed by",
     ),
     "no samples": ({"samples": 0}, "samples: input should be greater than or equal to 1"),
     "service that is not installed": ({"log_to": ["wandb"]}, "log_to: wandb is not installed; pip install wandb"),

@@ -119,7 +119,7 @@ def test_trials_of_three_bundles_on_three_nodes(tmp_path: Path) -> None:
         "max_concurrent": None,
         "test": False,
     }
-    command = [sys.executable, str(HERE / "tune_on_nodes.py"), json.dumps(spec), str(tmp_path / "search")]
+    command = [sys.executable, str(HERE / "simulated" / "search.py"), json.dumps(spec), str(tmp_path / "search")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
     assert done.returncode == 0, done.stderr
     assert "5 trials: 5 finished" in done.stdout

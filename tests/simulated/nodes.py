@@ -1,0 +1,256 @@
+"""Scenarios on Ray clusters of several nodes, simulated on this machine; each prints what it found as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import ray
+from problems import Blobs, problem_of
+from ray.cluster_utils import AutoscalingCluster, Cluster
+
+from distmeta import MAML
+from distmeta.config import Scaling
+from distmeta.distributed import worker
+from distmeta.distributed.executor import InProcess, reduce_mean
+from distmeta.distributed.ray import RayPool
+from distmeta.distributed.work import shards_of
+from distmeta.errors import ResourceError
+from distmeta.models import MLP
+from distmeta.tasks import TASKS
+
+logging.basicConfig(format="%(message)s", level=logging.INFO)
+TASKS_OF_STEP = 16
+
+
+class Slow(Blobs):
+    """Blobs that take a while to come, so that workers have something to share."""
+
+    def sample(self, rng, split):
+        time.sleep(0.05)
+        return super().sample(rng, split)
+
+
+class Told(Blobs):
+    """Blobs that write down which GPU their process was given, on which node."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def sample(self, rng, split):
+        devices, name = os.environ.get("CUDA_VISIBLE_DEVICES", ""), node_name()
+        (self.folder / str(os.getpid())).write_text(json.dumps([name, devices]))
+        return super().sample(rng, split)
+
+
+def node_name() -> str:
+    """The custom resource ``node-…`` of the node of this process."""
+    own = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own)
+    return next(kind.removeprefix("node-") for kind in resources if kind.startswith("node-"))
+
+
+@contextmanager
+def cluster(*nodes: dict):
+    made = Cluster(initialize_head=True, head_node_args=nodes[0], connect=True)
+    for arguments in nodes[1:]:
+        made.add_node(**arguments)
+    made.wait_for_nodes()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def problem(tasks):
+    return problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), tasks)
+
+
+def step(pool, theta, number: int) -> np.ndarray:
+    return reduce_mean(pool.map("meta_gradient", theta, shards_of("train", number, TASKS_OF_STEP, 1)), TASKS_OF_STEP)
+
+
+def expected(theta, number: int) -> np.ndarray:
+    return step(InProcess(problem(Blobs())[0]), theta, number)
+
+
+def message(call) -> str:
+    try:
+        call()
+    except ResourceError as error:
+        return str(error)
+    return ""
+
+
+class Autoscaling(AutoscalingCluster):
+    """Ray's autoscaler with a provider whose nodes are processes. It stops every Ray that it sees: give it a host."""
+
+    def _generate_config(self, head_resources, worker_node_types, autoscaler_v2=False, **options) -> dict:
+        head = {"ray.head.default": {"resources": head_resources, "node_config": {}, "max_workers": 0}}
+        lists = ["cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands",
+                 "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude",
+                 "rsync_filter"]  # fmt: skip
+        return {
+            "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 8.0, "idle_timeout_minutes": 10,
+            "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+                         "disable_launch_config_check": True},
+            "available_node_types": worker_node_types | head, "head_node_type": "ray.head.default", "auth": {},
+            "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False, **{name: [] for name in lists},
+        }  # fmt: skip
+
+
+def autoscale() -> dict:
+    kinds = {"cpu": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 8}}
+    made = Autoscaling(head_resources={"CPU": 0}, worker_node_types=kinds)
+    made.start()
+    ray.init("auto", namespace="distmeta")
+    given, theta = problem(Slow())
+    found: dict = {"same_bits": True, "lost": 0}
+    with RayPool(given, Scaling(num_workers=8, min_workers=1, start_timeout=120), most=TASKS_OF_STEP) as pool:
+        found["first"] = found["most"] = len(pool._workers)
+        number, deadline, busy, wall = 0, time.monotonic() + 150, 0.0, 0.0
+        while time.monotonic() < deadline:
+            results = pool.map("meta_gradient", theta, shards_of("train", number, TASKS_OF_STEP, 1))
+            found["same_bits"] &= bool(np.array_equal(reduce_mean(results, TASKS_OF_STEP), expected(theta, number)))
+            found["most"] = max(found["most"], len(pool._workers))
+            number += 1
+            if found["most"] == 8 and not found["lost"]:
+                for _ in range(5):  # how well eight workers share the work
+                    start = time.perf_counter()
+                    results = pool.map("meta_gradient", theta, shards_of("train", number, TASKS_OF_STEP, 1))
+                    wall += 8 * (time.perf_counter() - start)
+                    busy += sum(sum(result.seconds.values()) for result in results)
+                for pid in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*") if _is_raylet(path))[-3:]:
+                    os.kill(pid, signal.SIGKILL)
+                    found["lost"] += 1
+                left = number + 8
+            if found["lost"] and number >= left:
+                break
+        found |= {"retries": pool.retries, "utilisation": busy / max(wall, 1e-9)}
+    ray.shutdown()
+    made.shutdown()
+    return found
+
+
+def _is_raylet(process: Path) -> bool:
+    """Whether a process is the raylet of a node with one core, which the autoscaler has added."""
+    try:
+        command = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return command[0].endswith(b"/raylet") and any(b"CPU,1" in word for word in command)
+
+
+def grow() -> dict:
+    with cluster({"num_cpus": 2}) as made:
+        given, theta = problem(Blobs())
+        with RayPool(given, Scaling(), most=TASKS_OF_STEP) as pool:
+            found = {"before": len(pool._workers) + len(pool._starting), "same_bits": True}
+            made.add_node(num_cpus=3)
+            number, deadline = 0, time.monotonic() + 60
+            while len(pool._workers) < 5 and time.monotonic() < deadline:
+                found["same_bits"] &= bool(np.array_equal(step(pool, theta, number), expected(theta, number)))
+                number += 1
+                time.sleep(0.2)
+            return found | {"after": len(pool._workers)}
+
+
+def gpus() -> dict:
+    has = {"a": 1, "b": 2, "c": 4}
+    pairs = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=2)
+    with cluster(*({"num_cpus": 8, "num_gpus": n, "resources": {f"node-{name}": 1}} for name, n in has.items())):
+        return {
+            "whole": _told(Scaling(num_workers=7, use_gpu=True)),
+            "halves": _told(Scaling(num_workers=2, use_gpu=True, gpus_per_worker=0.5, resources={"node-a": 0.1})),
+            "refused": message(lambda: RayPool(problem(Blobs())[0], pairs, 4)),
+        }
+
+
+def _told(scaling: Scaling) -> list[list[str]]:
+    """What each worker of a pool was told; the problem itself computes on the CPU."""
+    folder = Path(os.environ["TOLD"]) / str(time.monotonic_ns())
+    folder.mkdir(parents=True)
+    given, theta = problem(Told(folder))
+    with RayPool(given, scaling, most=TASKS_OF_STEP) as pool:
+        pool._wait_for(int(scaling.num_workers))
+        step(pool, theta, 0)
+    return [json.loads(path.read_text()) for path in folder.iterdir()]
+
+
+def placement() -> dict:
+    nodes = [{"num_cpus": 4, "resources": {f"node-{name}": 1} | extra} for name, extra in
+             (("a", {}), ("b", {"special": 2}), ("c", {"scarce": 1}))]  # fmt: skip
+    given, _ = problem(Blobs())
+    with cluster(*nodes):
+        found: dict = {}
+        for kind in ("spread", "pack"):
+            with RayPool(given, Scaling(num_workers=3, placement=kind), most=3) as pool:
+                pool._wait_for(3)
+                found[kind] = len(set(where_ids(pool)))
+        told = _told(Scaling(num_workers=2, resources={"special": 1}))
+        found["special"] = sorted({name for name, _ in told})
+        found["refused"] = message(lambda: RayPool(given, Scaling(num_workers=7, resources={"special": 1}), 7))
+        scarce = Scaling(num_workers=3, min_workers=3, resources={"scarce": 1}, start_timeout=8)
+        found["late"] = message(lambda: RayPool(given, scarce, 3))
+    return found
+
+
+def where_ids(pool) -> list[str]:
+    return ray.get(
+        [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in pool._workers]
+    )
+
+
+class Elsewhere(Blobs):
+    """Blobs; unpickled on the node b they make it look like another processor."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if node_name() == "b":
+            worker.hardware = lambda device: "another processor"
+
+
+def hardware() -> dict:
+    nodes = [{"num_cpus": 2, "resources": {"node-a": 1}}, {"num_cpus": 1, "resources": {"node-b": 1}}]
+    given, theta = problem(Elsewhere())
+    with cluster(*nodes):
+
+        def started(scaling: Scaling) -> int:
+            with RayPool(given, scaling, most=3) as pool:
+                while pool._starting:
+                    pool._admit(ray.wait(list(pool._starting))[0])
+                step(pool, theta, 0)
+                return len(pool._workers)
+
+        return {
+            "refused": message(lambda: started(Scaling(num_workers=3))),
+            "left_out": started(Scaling(num_workers=3, min_workers=1)),
+            "allowed": started(Scaling(num_workers=3, mixed_hardware=True)),
+        }
+
+
+def data(folder: str) -> dict:
+    """The second node has a cache folder of its own, which is empty, and a data root with nothing in it."""
+    own, other = Path(folder) / "own", Path(folder) / "other"
+    os.environ["DISTMETA_CACHE"] = str(own)
+    tasks = TASKS["glyphs"](ways=3, queries=1)
+    tasks.prepare()
+    given, theta = problem_of(MAML(inner_lr=0.1), MLP((1, 28, 28), 3, (8,)), tasks)
+    with cluster({"num_cpus": 1}) as made:
+        made.add_node(num_cpus=1, env_vars={"DISTMETA_CACHE": str(other)})
+        made.wait_for_nodes()
+        with RayPool(given, Scaling(num_workers=2), most=TASKS_OF_STEP) as pool:
+            pool._wait_for(2)
+            cached = [ready.has_data for ready in pool._workers.values()]
+            same = all(np.array_equal(step(pool, theta, n), step(InProcess(given), theta, n)) for n in range(3))
+    return {"same_bits": same, "cached": sorted(cached, reverse=True), "made": other.exists()}
+
+
+print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

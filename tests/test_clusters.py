@@ -1,0 +1,135 @@
+"""Pools on clusters of several nodes: growth, loss, placement, GPUs, hardware, data; and the files of cluster/."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from simulated.hosts import Hosts, missing
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def on_nodes(scenario: str, *arguments: object, timeout: float = 250, **environment: str) -> dict:
+    """What a scenario of tests/simulated/nodes.py reports; it has a Ray cluster of its own."""
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"PYTHONPATH": str(HERE)}
+    command = [sys.executable, str(HERE / "simulated" / "nodes.py"), scenario, *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=inherited | environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+def test_an_autoscaler_adds_eight_nodes_and_three_are_lost(tmp_path: Path) -> None:
+    """On a host of its own, since the cluster of this test stops every Ray that it sees."""
+    if reason := missing():
+        pytest.skip(reason)
+    with Hosts(["alone"], tmp_path) as hosts:
+        command = f"{sys.executable} tests/simulated/nodes.py autoscale"
+        said = hosts.run("alone", command, timeout=250, PYTHONPATH=str(HERE))
+    found = json.loads(said.splitlines()[-1])
+    assert found["first"] >= 1, "it begins before all are there"
+    assert found["most"] == 8
+    assert found["lost"] == 3 and found["retries"] >= 1
+    assert found["same_bits"]
+    idle = 1 - found["utilisation"]
+    print(f"8 workers on 8 nodes: {found['utilisation']:.0%} of their time was work, {idle:.0%} idle")
+
+
+def test_automatic_workers_follow_a_cluster_that_grows() -> None:
+    found = on_nodes("grow")
+    assert (found["before"], found["after"], found["same_bits"]) == (2, 5, True)
+
+
+def test_each_worker_sees_the_gpu_that_it_was_given(tmp_path: Path) -> None:
+    """Nodes that declare 1, 2 and 4 GPUs, of which this machine has none: what counts is what an actor is told."""
+    found = on_nodes("gpus", TOLD=str(tmp_path))
+    whole, halves = found["whole"], found["halves"]
+    assert len(whole) == 7 and all(len(devices.split(",")) == 1 for _, devices in whole)
+    assert sorted(whole) == [["a", "0"], ["b", "0"], ["b", "1"], ["c", "0"], ["c", "1"], ["c", "2"], ["c", "3"]]
+    assert sorted(halves) == [["a", "0"], ["a", "0"]]
+    assert "4 workers need 4 CPU, 8 GPU; the cluster has 24 CPU, 7 GPU and holds 3 of them" in found["refused"]
+
+
+def test_workers_go_where_they_are_wanted(tmp_path: Path) -> None:
+    found = on_nodes("placement", TOLD=str(tmp_path))
+    assert found["spread"] == 3, "one on each node"
+    assert found["pack"] < 3
+    assert found["special"] == ["b"], "the node that has the custom resource"
+    assert "7 workers need 7 CPU, 7 special; the cluster has 12 CPU, 2 special and holds 2 of them" in found["refused"]
+    assert "of 3 workers have started within 8 s; each needs 1 CPU, 1 scarce, free in" in found["late"]
+
+
+def test_different_hardware_is_refused_or_left_out_or_allowed() -> None:
+    found = on_nodes("hardware")
+    assert "results would depend on who computes what" in found["refused"]
+    assert found["left_out"] in (1, 2), "the first to come decides"
+    assert "left out" in found["stderr"]
+    assert found["allowed"] == 3
+
+
+def test_data_reach_nodes_that_do_not_have_them(tmp_path: Path) -> None:
+    found = on_nodes("data", tmp_path)
+    assert found["same_bits"]
+    assert found["cached"] == [True, False], "the second node has no cache of its own, and makes none"
+    assert "the data of the tasks are sent to the nodes that do not have them" in found["stderr"]
+
+
+@pytest.mark.parametrize("file", ["cluster.yaml", "cluster/gcp.yaml", "cluster/onprem.yaml"])
+def test_files_are_what_ray_up_takes(file: str) -> None:
+    config = yaml.safe_load((ROOT / file).read_text())
+    whole = prepare_config(config)
+    validate_config(whole)
+    starts = [*whole["head_start_ray_commands"], *whole["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
+    assert "--dashboard-host=127.0.0.1" in whole["head_start_ray_commands"][-1]
+    assert "ray-wheels/latest" not in json.dumps(whole), "no nightly build, as Ray's own defaults would install"
+    assert whole["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+def test_the_kubernetes_files_have_the_published_structure() -> None:
+    job, claim = yaml.safe_load_all((ROOT / "cluster" / "kuberay.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert spec.keys() <= {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert {"rayVersion", "headGroupSpec", "workerGroupSpecs"} <= cluster.keys()
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name", "image", "resources"} <= container.keys()
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "Kubernetes wants strings"
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    (volume,) = cluster["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+    from distmeta.config import load
+
+    words = spec["entrypoint"].split()
+    assert words[:2] == ["distmeta", "train"]
+    assert load(words[2], words[3:]).scaling.min_workers == 1
+
+
+def test_the_dashboard_draws_metrics_that_exist() -> None:
+    panels = json.loads((ROOT / "cluster" / "grafana.json").read_text())["panels"]
+    from distmeta.distributed import gauges
+
+    source = Path(gauges.__file__).read_text()
+    for panel in panels:
+        for target in panel["targets"]:
+            name = target["expr"].split("ray_")[1].split("{")[0]
+            base = name.removesuffix("_total").removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
+            assert f'"{base}"' in source, name
