@@ -235,7 +235,7 @@ def test_workers_of_stopped_and_failed_trials_are_gone(tmp_path: Path) -> None:
 def _workers() -> list[str]:
     """The processes of this machine that are workers of a pool, by what Ray writes over their command lines."""
     titles = [path.read_bytes().decode(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline")]
-    return [title for title in titles if title.startswith("ray::_Worker")]
+    return [title for title in titles if title.startswith("ray::Worker")]
 
 
 def test_a_name_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

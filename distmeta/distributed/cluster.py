@@ -75,7 +75,7 @@ def capacity(need: Mapping[str, float]) -> int:
 
 
 def check_room(driver: Mapping[str, float], worker: Mapping[str, float], workers: int) -> None:
-    """Raises `ResourceError` if the cluster, even when idle, cannot place a trial's driver and workers at once."""
+    """Raises `ResourceError` if the cluster as it stands, even when idle, cannot hold a trial's driver and workers."""
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     for chosen in nodes:
         if _holds(chosen, driver) == 0:
@@ -88,7 +88,7 @@ def check_room(driver: Mapping[str, float], worker: Mapping[str, float], workers
     asked = f"({amounts(driver)})" + (f" and {workers} times ({amounts(worker)})" if workers else "")
     raise ResourceError(
         f"this cluster can never place a trial: it needs {asked}; the nodes have {have}. Lower "
-        "set.scaling.num_workers, driver_cpus, or what a worker is given"
+        "set.scaling.num_workers, driver_cpus, or what a worker is given; autoscaling=true waits for nodes to come"
     )
 
 

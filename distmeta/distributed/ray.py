@@ -83,13 +83,15 @@ class RayPool:
                 max_task_retries=0, **options,
             )  # fmt: skip
             self._starting: dict[ray.ObjectRef, Any] = {}
+            self._fetching: dict[Any, Ready] = {}  # those of the starting ones that wait for data
             self._workers: dict[Any, Ready] = {}
+            self._left_out = 0
             self._hardware: str | None = None
             self._stillborn = 0
             self._looked = time.monotonic()
             for _ in range(self.size):
                 self._add_worker()
-            self._wait_for(min(self._least, self.size) if scaling.min_workers else 1)
+            self._wait_for(self._least if scaling.min_workers else 1)
         except BaseException:
             self.close()
             raise
@@ -98,7 +100,7 @@ class RayPool:
         """How many workers there should be."""
         if self.scaling.num_workers != "auto":
             return self.scaling.num_workers
-        return max(1, min(capacity(self._need), self._most))
+        return max(self.scaling.min_workers or 1, min(capacity(self._need), self._most))
 
     def _spread(self) -> bool:
         """Whether workers go to different nodes; where a search has set resources aside, it has decided that."""
@@ -126,7 +128,7 @@ class RayPool:
             return
         self._looked = time.monotonic()
         wanted = self._size()
-        for _ in range(wanted - len(self._workers) - len(self._starting)):
+        for _ in range(wanted - len(self._workers) - len(self._starting) - self._left_out):
             self._add_worker()
         if wanted > self.size:
             log.info("the cluster has room for %d workers now instead of %d", wanted, self.size)
@@ -140,7 +142,7 @@ class RayPool:
             ready, _ = ray.wait(list(self._starting), timeout=max(0.0, min(SAY, left)))
             if ready:
                 self._admit(ready)
-            elif left <= SAY:
+            elif left <= SAY or not self._starting:
                 raise self._none_started(least)
             else:
                 log.info(
@@ -155,8 +157,8 @@ class RayPool:
     def _none_started(self, least: int) -> ResourceError:
         return ResourceError(
             f"{len(self._workers)} of {least} workers have started within {self.scaling.start_timeout:g} s; each needs "
-            f"{amounts(self._need)}, free in the cluster are {self._free()}. Another job may hold the rest; "
-            "scaling.start_timeout waits longer"
+            f"{amounts(self._need)}, free in the cluster are {self._free()}. {self._left_out} were left out for their "
+            "hardware; another job may hold the rest; scaling.start_timeout waits longer"
         )
 
     def _admit(self, ready: Sequence[ray.ObjectRef]) -> None:
@@ -164,22 +166,35 @@ class RayPool:
         for ref in ready:
             worker = self._starting.pop(ref)
             try:
-                state: Ready = ray.get(ref)
+                state: Ready = ray.get(ref) or self._fetching.pop(worker)
                 if not self._same_hardware(state):
-                    ray.kill(worker)
-                    continue
-                if not state.has_data:
-                    ray.get(worker.take_data.remote(self._put_data()))
-                self._workers[worker] = state
-                self._stillborn = 0
+                    self._leave_out(worker)
+                elif state.has_data:
+                    self._workers[worker] = state
+                    self._stillborn = 0
+                else:
+                    self._fetching[worker] = state._replace(has_data=True)
+                    self._starting[worker.take_data.remote(self._put_data())] = worker
             except RayTaskError as error:
-                raise _unwrap(error) from None
+                cause = _unwrap(error)
+                if not isinstance(cause, ResourceError) or self.scaling.min_workers is None:
+                    raise cause from None
+                log.warning("a worker is left out: %s", cause)
+                self._leave_out(worker)
             except LOST as error:
+                self._fetching.pop(worker, None)
                 self._stillborn += 1
-                if self._stillborn >= TRIES:
+                if self._stillborn >= TRIES and not self._workers:
                     raise WorkerError(f"{TRIES} workers died while starting: {one_line(error)}") from error
                 log.warning("a worker died while starting (%s): another one is started", one_line(error))
                 self._add_worker()
+            except RayError as error:
+                raise WorkerError(f"Ray could not start a worker: {one_line(error)}") from error
+
+    def _leave_out(self, worker: Any) -> None:
+        """Does without a worker that cannot take part where workers come and go."""
+        ray.kill(worker)
+        self._left_out += 1
 
     def _same_hardware(self, state: Ready) -> bool:
         """Whether a worker computes on what the others do, without which the bits would depend on who computes what.

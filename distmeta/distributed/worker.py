@@ -79,10 +79,11 @@ class Worker:
 
 
 def hardware(device: str) -> str:
-    """The processor that this process computes on, as far as it decides which kernels are used."""
+    """What this process computes on, as far as it decides which kernels are used: processor and version of torch."""
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()} (torch {torch.__version__})"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor()} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    kernels = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    return f"{model or platform.processor()} ({kernels})"

@@ -168,7 +168,8 @@ class _cluster:
             connect(scaling.model_copy(update={"num_workers": "auto"}), log_to_driver=False)
         try:
             driver, *workers = factory.bundles
-            check_room(driver, workers[0] if workers else {}, len(workers))
+            if not self.search.autoscaling:
+                check_room(driver, workers[0] if workers else {}, len(workers))
         except BaseException:
             self.__exit__()
             raise

@@ -58,6 +58,7 @@ class Search(Section):
     seconds: float | None = Field(None, gt=0, description="wall time after which all trials are stopped")
     max_failures: int = Field(2, ge=0, description="times that a trial whose process or node is lost is begun again")
     driver_cpus: float = Field(1.0, gt=0, description="CPU cores of a trial's driver; without workers it computes")
+    autoscaling: bool = Field(False, description="trials may wait for nodes to come, beyond what the cluster has now")
     log_to: list[Literal["wandb", "mlflow"]] = Field(
         default_factory=list, description="services beside TensorBoard: wandb, mlflow (packages to be installed)"
     )
