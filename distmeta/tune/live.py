@@ -30,6 +30,7 @@ class Live(Callback):
     def __init__(self, search: Search) -> None:
         self.search = search
         self._best: dict[str, float] = {}
+        self._budget: dict[str, int] = {}
         self._said = 0.0
 
     def __getstate__(self) -> dict[str, Any]:  # Tune keeps its callbacks in the state that it resumes from
@@ -118,7 +119,9 @@ class Live(Callback):
         return table
 
     def _steps(self, trial: Any) -> int:
-        return self.search.trial_config(trial.config).train.steps
+        if trial.trial_id not in self._budget:
+            self._budget[trial.trial_id] = self.search.trial_config(trial.config).train.steps
+        return self._budget[trial.trial_id]
 
     def _state(self, trial: Any) -> str:
         return state_of(trial.status, trial.last_result, self._steps(trial))

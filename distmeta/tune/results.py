@@ -113,7 +113,8 @@ def _trial(trial: Any, analysis: ExperimentAnalysis, search: Search) -> Trial:
     folder = trial.checkpoint.path if trial.checkpoint else None
     records = RunFolder(folder).records() if folder and Path(folder).is_dir() else []
     lineage = [record for record in records if record["kind"] == "val"]
-    known = state if state in STATES else "unfinished"
+    # The search has ended: what has reported and is still paused was not taken up again.
+    known = state if state in STATES else "pruned" if reports else "unfinished"
     return Trial(Path(trial.path).name, dict(trial.config), known, failure, reports, lineage, folder)
 
 
