@@ -153,7 +153,9 @@ def test_population_based_training(tmp_path: Path) -> None:
         "test": False,
     }
     folder = search(spec, f"run_dir={tmp_path / 'search'}")
-    assert [row["step"] for row in rows(folder)] == ["12"] * 4
+    # One that takes over a run that has come to its end has nothing more to report.
+    assert len(rows(folder)) == 4 and max(int(row["step"]) for row in rows(folder)) == 12
+    assert summary(folder)["failed"] == 0
     rates = []
     for trial in (folder / "trials").glob("*/result.json"):
         results = [json.loads(line) for line in trial.read_text().splitlines()]
