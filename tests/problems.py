@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ class Blobs:
         y = torch.arange(self.ways)[:, None].expand(self.ways, self.shots).flatten()
         halves = (x[:, : self.shots], x[:, self.shots :])
         return Episode(*((half.flatten(0, 1).to(self.dtype), y) for half in halves))
+
+
+class Together(Blobs):
+    """Blobs whose processes begin only when ``processes`` of them are there, and take their time."""
+
+    def __init__(self, folder: str, processes: int, wait: float, shape: tuple[int, ...] = (3,), ways: int = 3) -> None:
+        super().__init__(shape, ways)
+        self.folder, self.processes, self.wait, self.met = Path(folder), processes, wait, False
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        if split == "train" and not self.met:
+            (self.folder / str(os.getpid())).touch()
+            deadline = time.monotonic() + 120
+            while len(list(self.folder.iterdir())) < self.processes and time.monotonic() < deadline:
+                time.sleep(0.05)
+            self.met = True
+        time.sleep(self.wait)
+        return super().sample(rng, split)
 
 
 class Mortal(Blobs):

@@ -143,27 +143,26 @@ def test_other_schedulers(scheduler: str, tmp_path: Path) -> None:
     )
 
 
-def test_population_based_training(tmp_path: Path) -> None:
+def test_population_based_training_changes_rates_of_live_runs(tmp_path: Path) -> None:
+    """Four trials that run beside each other: the worse half goes on from the better one's state, with other rates."""
+    (tmp_path / "met").mkdir()
+    tasks = {"use": "problems:Together", "folder": str(tmp_path / "met"), "processes": 4, "wait": 0.02}
     spec = {
-        "base": BASE,
-        "set": {"train.steps": 12, "outer.schedule": None},
+        "base": BASE | {"tasks": tasks},
+        "set": {"train.steps": 12, "outer.schedule": None, "validation.tasks": 10},
         "space": {"outer.lr": {"loguniform": [1e-5, 0.1]}},
         "samples": 4,
         "scheduler": {"use": "pbt", "interval": 4, "quantile": 0.5},
         "test": False,
     }
     folder = search(spec, f"run_dir={tmp_path / 'search'}")
-    # One that takes over a run that has come to its end has nothing more to report.
-    assert len(rows(folder)) == 4 and max(int(row["step"]) for row in rows(folder)) == 12
-    assert summary(folder)["failed"] == 0
+    assert [(row["step"], row["state"]) for row in rows(folder)] == [("12", "finished")] * 4
     rates = []
     for trial in (folder / "trials").glob("*/result.json"):
         results = [json.loads(line) for line in trial.read_text().splitlines()]
         rates.append({result["config"]["outer.lr"] for result in results})
         assert all(1e-5 <= rate <= 0.1 for rate in rates[-1])
-    # Whether a live run has changed its rate depends on which trials happened to run beside each other; what it then
-    # does is the next test's.
-    assert len(rates) == 4
+    assert any(len(seen) > 1 for seen in rates), "a live run has had more than one rate"
 
 
 def test_a_clone_is_exact_to_the_bit(tmp_path: Path) -> None:

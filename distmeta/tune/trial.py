@@ -74,6 +74,9 @@ def run_trial(sample: dict[str, Any], search: Search, path: Sequence[str], home:
                 tune.report(reported, checkpoint=Checkpoint.from_directory(run.path))
 
             training.fit(run, report)
+            if not reported:  # it has taken over a run that had come to its end: what that has reached is its own now
+                *_, last = (record for record in run.records() if record["kind"] == "val")
+                report(last["step"], last)
     except FINAL as error:
         worst = {
             m: -math.inf if mode == "max" else math.inf for m, mode in zip(search.metrics, search.modes, strict=True)
