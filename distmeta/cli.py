@@ -161,7 +161,7 @@ def tune(
     resume: Annotated[Path | None, typer.Option(help="Folder of a search to go on with.")] = None,
 ) -> None:
     """Searches meta-hyperparameters with Ray Tune; every trial is a whole distributed run."""
-    from distmeta.tune.search import searches
+    from distmeta.tune.files import searches
 
     if resume is not None:
         if search is not None:

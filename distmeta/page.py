@@ -24,7 +24,7 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; min-width: 4.5rem; font-variant-numeric: tabular-nums }
+  overflow-wrap: anywhere; min-width: 5.5rem; font-variant-numeric: tabular-nums }
 th[scope=row] { color: var(--soft); font-weight: normal; white-space: nowrap }
 figure { margin: 2rem 0 }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px }

@@ -33,16 +33,33 @@ def _real_data() -> Path:
     given = os.environ.get("DISTMETA_TEST_DATA")
     source = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not (source / "unpack.py").is_file():
-        pytest.skip(f"needs the Omniglot data: there is no {source / 'unpack.py'} (set DISTMETA_TEST_DATA)")
+        pytest.skip(f"needs the real data sets: there is no {source / 'unpack.py'} (set DISTMETA_TEST_DATA)")
     return source
+
+
+def _unpacked(name: str, factory: pytest.TempPathFactory) -> Path:
+    """A data root with one of the real data sets, as its download would lie."""
+    root = factory.mktemp(name)
+    subprocess.run([sys.executable, str(_real_data() / "unpack.py"), str(root), name], check=True)
+    return root
 
 
 @pytest.fixture(scope="session")
 def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the real Omniglot, archives and folders."""
-    root = tmp_path_factory.mktemp("omniglot")
-    subprocess.run([sys.executable, str(_real_data() / "unpack.py"), str(root), "omniglot"], check=True)
-    return root
+    return _unpacked("omniglot", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the real CIFAR-100, the binary version."""
+    return _unpacked("cifar100", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def cifar_source() -> Path:
+    """CIFAR-100 from another hand: a mosaic for each class, and the published split."""
+    return _real_data() / "cifar100"
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import _real_data
 from PIL import Image
 
 from distmeta.core.seeds import stream
@@ -23,44 +20,37 @@ from distmeta.tasks.images import SPLITS, ImageSet
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cifar")
-    subprocess.run([sys.executable, str(_real_data() / "unpack.py"), str(folder), "cifar100"], check=True)
-    return folder
+def images(cifar_root: Path) -> ImageSet:
+    return CifarFS(data_root=str(cifar_root)).images
 
 
-@pytest.fixture(scope="module")
-def images(root: Path) -> ImageSet:
-    return CifarFS(data_root=str(root)).images
-
-
-def test_whole_set(images: ImageSet) -> None:
+def test_whole_set(images: ImageSet, cifar_source: Path) -> None:
     assert images.pixels.shape == (60000, 32, 32, 3) and images.pixels.dtype == np.uint8
     assert images.names[:2] == ("apple", "aquarium_fish") and set(images.counts.tolist()) == {600}
     # The mosaics that the data come as are another way to the same pixels: class 1, its first training image.
-    mosaic = np.asarray(Image.open(_real_data() / "cifar100" / "images" / "01_aquarium_fish.webp").convert("RGB"))
+    mosaic = np.asarray(Image.open(cifar_source / "images" / "01_aquarium_fish.webp").convert("RGB"))
     assert np.array_equal(images.pixels[600], mosaic[:32, :32])
     assert np.array_equal(images.pixels[600 + 26], mosaic[32:64, 32:64])
 
 
-def test_split_is_the_published_one(images: ImageSet) -> None:
-    published = json.loads((_real_data() / "cifar100" / "splits" / "cifar_fs.json").read_text())
+def test_split_is_the_published_one(images: ImageSet, cifar_source: Path) -> None:
+    published = json.loads((cifar_source / "splits" / "cifar_fs.json").read_text())
     for split in SPLITS:
         found = {images.names[place] for place in CifarFS().split_classes(images.names, split)}
         assert found == set(published[split])
     assert [len(published[split]) for split in SPLITS] == [64, 16, 20]
 
 
-def test_episode(root: Path) -> None:
-    (x, y), (query_x, query_y) = CifarFS(data_root=str(root)).sample(stream(0), "test")
+def test_episode(cifar_root: Path) -> None:
+    (x, y), (query_x, query_y) = CifarFS(data_root=str(cifar_root)).sample(stream(0), "test")
     assert x.shape == (5, 3, 32, 32) and query_x.shape == (75, 3, 32, 32)
     assert x.dtype == torch.float32 and 0 <= float(x.min()) < float(x.max()) <= 1
     assert sorted(y.tolist()) == [0, 1, 2, 3, 4] and query_y.bincount().tolist() == [15] * 5
 
 
-def test_the_archive_gives_the_same(root: Path, images: ImageSet, tmp_path: Path) -> None:
+def test_the_archive_gives_the_same(cifar_root: Path, images: ImageSet, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz", compresslevel=1) as tar:
-        tar.add(root / "cifar-100-binary", "cifar-100-binary")
+        tar.add(cifar_root / "cifar-100-binary", "cifar-100-binary")
         outside = tarfile.TarInfo("../outside")
         outside.size = 3
         tar.addfile(outside, io.BytesIO(b"bad"))
@@ -69,11 +59,11 @@ def test_the_archive_gives_the_same(root: Path, images: ImageSet, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"cifar-100-binary.tar.gz"}, "nothing is unpacked"
 
 
-def test_broken_files_are_named(root: Path, tmp_path: Path) -> None:
+def test_broken_files_are_named(cifar_root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-binary"
     folder.mkdir()
     for name in ("train.bin", "test.bin", "fine_label_names.txt"):
-        (folder / name).write_bytes((root / "cifar-100-binary" / name).read_bytes())
+        (folder / name).write_bytes((cifar_root / "cifar-100-binary" / name).read_bytes())
     tasks = CifarFS(data_root=str(tmp_path))
     whole = (folder / "test.bin").read_bytes()
     (folder / "test.bin").write_bytes(whole[:-1])

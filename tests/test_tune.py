@@ -19,8 +19,8 @@ import distmeta
 from distmeta import RunFolder, checkpoint, config
 from distmeta.experiment import assemble
 from distmeta.training import Training
+from distmeta.tune.files import load_search
 from distmeta.tune.run import search
-from distmeta.tune.search import load_search
 from distmeta.tune.trial import take_over
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

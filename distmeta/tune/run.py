@@ -35,10 +35,12 @@ from distmeta.evaluation import describe, evaluate_tasks
 from distmeta.experiment import assemble
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.training import StopSignal
+from distmeta.tune.files import load_search
 from distmeta.tune.live import Live, name_of
 from distmeta.tune.report import settings_text, write_report
 from distmeta.tune.results import STATES, Group, front_of, groups_of, table_csv, trials_of, winner_of
-from distmeta.tune.search import Search, load_search, make_scheduler, make_searcher
+from distmeta.tune.search import Search
+from distmeta.tune.strategies import make_scheduler, make_searcher
 from distmeta.tune.trial import COSTS, resources, run_trial
 
 log = logging.getLogger("distmeta")
