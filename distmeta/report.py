@@ -91,8 +91,8 @@ def status(run: RunFolder) -> str:
             left = (steps - past.step) * past.config.train.meta_batch_size / last.tasks_per_second
             lines.append(f"time left   {left / 60:.1f} min without validations")
     if past.validation:
-        best = past.validation[-1]
-        lines.append(f"validation  {best.metric} {_interval(best, 'after')} at step {best.step:,}")
+        latest = past.validation[-1]
+        lines.append(f"validation  {latest.metric} {_interval(latest, 'after')} at step {latest.step:,}")
     if past.summary and past.summary.test:
         lines.append(f"test        {past.summary.test.metric} {_interval(past.summary.test, 'after')}")
     return "\n".join(lines)
