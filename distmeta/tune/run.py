@@ -22,7 +22,15 @@ import ray
 import yaml
 from pydantic import ValidationError
 from ray import tune
-from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune import (
+    CheckpointConfig,
+    ExperimentAnalysis,
+    FailureConfig,
+    PlacementGroupFactory,
+    RunConfig,
+    TuneConfig,
+    Tuner,
+)
 from ray.tune.error import TuneError
 
 from distmeta.adaptation import evaluate
@@ -30,7 +38,7 @@ from distmeta.components import explain, nearest
 from distmeta.config import load, read_yaml
 from distmeta.distributed.cluster import check_room, connect
 from distmeta.distributed.executor import InProcess
-from distmeta.errors import ConfigError, RunError, Stopped, WorkerError, one_line
+from distmeta.errors import ConfigError, DistmetaError, RunError, Stopped, WorkerError, one_line
 from distmeta.evaluation import describe, evaluate_tasks
 from distmeta.experiment import assemble
 from distmeta.runs import RunFolder, storage_errors
@@ -126,12 +134,37 @@ def resume_search(path: str | Path) -> Path:
         if not Tuner.can_restore(str(state)):
             raise RunError(f"{run.path} has no state to go on from: it was lost before its first trial; start it anew")
         try:
+            _mend(state)
             tuner = Tuner.restore(str(state), trainable, resume_errored=True)
         except Exception as error:  # Tune raises what unpickling raises
             raise RunError(f"the state in {state} is damaged ({one_line(error)}); start the search anew") from error
         _fit(tuner, run)
         _conclude(settings, run)
     return run.path
+
+
+def _mend(state: Path) -> None:
+    """Puts the newest sound checkpoint of a trial where the state expects one that is gone.
+
+    Tune removes old checkpoints at once and writes its state every few seconds: when its process is killed between the
+    two, the state names a checkpoint that newer ones have replaced.
+    """
+    for trial in ExperimentAnalysis(str(state)).trials:
+        named = Path(trial.checkpoint.path) if trial.checkpoint else None
+        if named is None or named.is_dir():
+            continue
+        newest_first = sorted(named.parent.glob("checkpoint_*"), reverse=True)
+        sound = next((folder for folder in newest_first if _is_sound(folder)), None)
+        if sound is not None:  # a later one may have been cut off while it was written
+            sound.rename(named)
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        RunFolder.open(folder).checkpoint()
+    except DistmetaError:
+        return False
+    return True
 
 
 def _check_metrics(search: Search) -> None:
