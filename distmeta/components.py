@@ -7,7 +7,6 @@ signature is the schema: types are checked against its annotations, unknown opti
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -18,7 +17,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from distmeta.errors import ConfigError, DistmetaError, one_line
+from distmeta.errors import ConfigError, DistmetaError, nearest, one_line
 
 
 class Component(BaseModel):
@@ -119,12 +118,6 @@ def documentation(target: Callable[..., Any], given: Iterable[str] = ()) -> dict
             texts = [m for m in get_args(field.annotation)[1:] if isinstance(m, str)]
         docs[name] = texts[0] if texts else (field.description or "")
     return docs
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def explain(error: ValidationError, model: type[BaseModel], section: str = "") -> str:

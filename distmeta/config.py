@@ -27,6 +27,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class TrustRegion(Section):
+    """A step of natural gradient instead of the meta-gradient's, for control (TRPO)."""
+
+    max_kl: float = Field(0.01, gt=0, description="greatest mean KL divergence of the adapted policies, old from new")
+    cg_steps: int = Field(10, ge=1, description="steps of conjugate gradients")
+    damping: float = Field(1e-5, ge=0, description="multiple of the identity added to the curvature")
+    backtracks: int = Field(15, ge=0, description="how often the step is shortened before it is given up")
+    shrink: float = Field(0.8, gt=0, lt=1, description="factor of each shortening")
+
+
 class Outer(Section):
     """The outer loop: how the driver turns the mean meta-gradient into an update."""
 
@@ -40,6 +50,22 @@ class Outer(Section):
     schedule: Component | None = Field(
         None, description="learning-rate schedule of torch.optim.lr_scheduler with its arguments, one step a step"
     )
+    passes: int = Field(
+        1, ge=1, description="updates an outer step; more than 1, on data sampled once, for control (ProMP, PPO)"
+    )
+    trust_region: TrustRegion | None = Field(None, description="TRPO, for control, with use: SGD and lr: 1")
+
+    @model_validator(mode="after")
+    def _natural(self) -> Outer:
+        plain = self.use == "SGD" and self.lr == 1 and not self.options and not self.weight_decay
+        if self.trust_region is not None and not (plain and self.clip_norm is None and self.schedule is None):
+            raise ConfigError(
+                "outer.trust_region finds the whole step itself: it needs use: SGD and lr: 1, without options, "
+                "weight_decay, clip_norm or schedule"
+            )
+        if self.trust_region is not None and self.passes > 1:
+            raise ConfigError("outer.trust_region takes one step; leave outer.passes at 1")
+        return self
 
 
 class Train(Section):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distmeta.core.params import split
-from distmeta.core.types import Episode
+from distmeta.core.types import Episode, MetaParams, Task
 from distmeta.distributed.work import reproducible, shards_of
 from distmeta.errors import DataError
 from distmeta.experiment import Experiment
@@ -48,6 +48,20 @@ class Adaptation:
         return f"{steps} inner step{'s' if steps != 1 else ''}"
 
 
+def first_test_task(run: RunFolder, experiment: Experiment) -> tuple[MetaParams, Task]:
+    """The meta-parameters of the best checkpoint, and the first of the test tasks that the run is evaluated on.
+
+    Raises:
+        CheckpointError: There is no checkpoint yet, or it is damaged or of another model.
+    """
+    problem = experiment.problem
+    params = run.checkpoint("best").params
+    check_same(params, dict(zip(problem.layout.names, problem.layout.shapes, strict=True)))
+    task = problem.build(shards_of("test", 0, 1, 1)[0])[0]
+    problem.loss.module.to("cpu").eval()  # one task needs no accelerator; each shard places and sets the module anew
+    return split(problem.layout.unpack(problem.layout.pack(params))), task
+
+
 def adapt_first(run: RunFolder, experiment: Experiment) -> Adaptation:
     """Adapts to the first of the test tasks that the run is evaluated on, with the same outputs as there.
 
@@ -56,14 +70,10 @@ def adapt_first(run: RunFolder, experiment: Experiment) -> Adaptation:
         DataError: The tasks are of a kind that cannot be drawn.
     """
     problem = experiment.problem
-    params = run.checkpoint("best").params
-    check_same(params, dict(zip(problem.layout.names, problem.layout.shapes, strict=True)))
-    task = problem.build(shards_of("test", 0, 1, 1)[0])[0]
+    meta, task = first_test_task(run, experiment)
     if not isinstance(task, Episode) or not len(task.support_set) == len(task.query_set) == 2:
         raise DataError(UNDRAWABLE)
     (support_x, support_y), (query_x, query_y) = task
-    problem.loss.module.to("cpu").eval()  # one task needs no accelerator; each shard places and sets the module anew
-    meta = split(problem.layout.unpack(problem.layout.pack(params)))
     outputs: list[Tensor] = []
     losses: list[float] = []
     with reproducible(problem.threads, 0):

@@ -4,6 +4,11 @@ Every message says what was given, what was expected and what to change, in one 
 it is and exits with the class's ``exit_code`` (2: the user's to mend, 1: anything else).
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class DistmetaError(Exception):
     """Base of all exceptions of this package."""
@@ -72,3 +77,9 @@ def at_least(key: str, value: float, least: float) -> None:
     """Raises `ConfigError` unless ``value`` is at least ``least``."""
     if not value >= least:
         raise ConfigError(f"{key} must be at least {least}; given: {value}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

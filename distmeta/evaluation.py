@@ -15,6 +15,12 @@ from distmeta.distributed.work import Problem, ShardResult, shards_of
 
 log = logging.getLogger("distmeta")
 
+SHARES = ("accuracy", "success")
+"""Metrics that are shares of 1, shown in percent."""
+
+GREATER_IS_BETTER = ("accuracy", "success", "return")
+"""Metrics that count where there are such, the first before the others; else the loss does, and less is better."""
+
 Evaluation = dict[str, Any]
 """Plain data, as it is written to ``summary.json`` (see `evaluate_tasks`)."""
 
@@ -31,7 +37,7 @@ def evaluate_tasks(
     """Adapts to ``tasks`` tasks of ``split`` and judges each by its query set.
 
     Returns:
-        ``metric``, the name of the metric that counts (``accuracy`` if the loss gives one, else ``loss``); ``before``
+        ``metric``, the name of the metric that counts (the first of `GREATER_IS_BETTER`, else ``loss``); ``before``
         and ``after`` adaptation, its mean and interval; ``by_inner_step``, for each metric the list of them; and, for
         classifiers that normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
         (``transductive`` then says that the other figures are not of that kind).
@@ -46,7 +52,7 @@ def evaluate_tasks(
         )  # fmt: skip
     inductive = metrics.pop("accuracy_inductive", None)
     curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items()}
-    metric = "accuracy" if "accuracy" in curves else "loss"
+    metric = next(name for name in (*GREATER_IS_BETTER, "loss") if name in curves)
     evaluation: Evaluation = {
         "split": split,
         "tasks": tasks,
@@ -87,7 +93,7 @@ def better(evaluation: Evaluation, than: float | None) -> bool:
         return False
     if than is None:
         return True
-    return value > than if evaluation["metric"] == "accuracy" else value < than
+    return value > than if evaluation["metric"] in GREATER_IS_BETTER else value < than
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -105,7 +111,7 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def show(metric: str, value: dict[str, float]) -> str:
-    """A mean and its interval for people: accuracies in percent."""
-    if metric == "accuracy":
+    """A mean and its interval for people: shares in percent."""
+    if metric in SHARES:
         return f"{100 * value['mean']:.2f}% ± {100 * value['ci95']:.2f}"
     return f"{value['mean']:.4f} ± {value['ci95']:.4f}"

@@ -13,8 +13,10 @@ from torch import nn
 from distmeta.algorithms import ALGORITHMS, MetaAlgorithm
 from distmeta.components import Component, build, find, options_of
 from distmeta.config import Config
-from distmeta.core.loss import CRITERIA, Criterion, ModuleLoss
+from distmeta.core.algorithm import Bilevel
+from distmeta.core.loss import CRITERIA, Criterion, ModuleLoss, PureModule
 from distmeta.core.params import Layout, join
+from distmeta.core.policy import ActionSpec, PolicyLoss
 from distmeta.core.seeds import torch_seed
 from distmeta.core.types import Params, TaskDistribution, TaskSpec
 from distmeta.distributed.work import Problem
@@ -23,7 +25,7 @@ from distmeta.models import MODELS
 from distmeta.tasks import TASKS
 
 _OBJECT = "python:"  # marks a part that was given as a Python object and cannot be built from the configuration
-_SUPPLIED = {"tasks": ("data_root",), "model": ("input_shape", "outputs"), "algorithm": ()}
+_SUPPLIED = {"tasks": ("data_root",), "model": ("input_shape", "outputs", "categorical"), "algorithm": ()}
 REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {"tasks": TASKS, "model": MODELS, "algorithm": ALGORITHMS}
 
 
@@ -84,7 +86,9 @@ def assemble(
         cast(Any, tasks).prepare()
     spec = getattr(tasks, "spec", None)
     chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
-    module_loss = ModuleLoss(model or _model(config, spec), loss or _criterion(config.loss, spec))
+    module_loss = _loss(config, model or _model(config, spec), loss, spec, chosen)
+    if isinstance(module_loss, PolicyLoss):
+        cast(Any, tasks).bind(module_loss)
     initial = join(chosen.init(module_loss.init()))
     problem = Problem(
         algorithm=chosen,
@@ -119,7 +123,9 @@ def _is_plain(value: object) -> bool:
 
 
 def _model(config: Config, spec: TaskSpec | None) -> nn.Module:
-    given = {} if spec is None else {"input_shape": spec.input_shape, "outputs": spec.outputs}
+    given: dict[str, Any] = {} if spec is None else {"input_shape": spec.input_shape, "outputs": spec.outputs}
+    if spec is not None and isinstance(spec.loss, ActionSpec):
+        given["categorical"] = spec.loss.kind == "categorical"
     if spec is None and config.model.use in MODELS:
         raise ConfigError(
             f"model {config.model.use} must know the tasks' input shape and outputs: give the task distribution a "
@@ -131,6 +137,34 @@ def _model(config: Config, spec: TaskSpec | None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.use: {config.model.use} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _loss(
+    config: Config, model: nn.Module, loss: Criterion | None, spec: TaskSpec | None, algorithm: MetaAlgorithm
+) -> PureModule:
+    """The loss of the tasks: of outputs and targets, or of a policy."""
+    further = "outer.trust_region" if config.outer.trust_region else "outer.passes" if config.outer.passes > 1 else None
+    if spec is None or not isinstance(spec.loss, ActionSpec):
+        if further is not None:
+            raise ConfigError(
+                f"{further} goes over data that were sampled with a policy; {config.tasks.use} are no tasks of control"
+            )
+        return ModuleLoss(model, loss or _criterion(config.loss, spec))
+    if loss is not None or config.loss is not None:
+        raise ConfigError(f"tasks of control have a loss of their own; leave out loss: {config.loss}")
+    if further is not None and not isinstance(algorithm, Bilevel):
+        raise ConfigError(
+            f"{further} needs an algorithm that descends the query loss, which {config.algorithm.use} is not"
+        )
+    policy = PolicyLoss(model, spec.loss)
+    expected = policy.actions.size(spec.outputs)
+    given = tuple(policy.predict(policy.init(), torch.zeros(1, *spec.input_shape)).shape)
+    if given != (1, expected):
+        raise ConfigError(
+            f"model {config.model.use}: a policy for {spec.outputs} {spec.loss.kind} actions puts out {expected} "
+            f"numbers an observation; this one gives the shape {given} for one. model.use: policy does"
+        )
+    return policy
 
 
 def _criterion(name: str | None, spec: TaskSpec | None) -> Criterion:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distmeta.components import explain
 from distmeta.config import Config
@@ -36,15 +36,20 @@ class Scores(BaseModel):
 
 
 class TrainLine(BaseModel):
-    """Means over the outer steps since the line before it."""
+    """Means over the outer steps since the line before it; metrics of the tasks' own are further fields."""
+
+    model_config = ConfigDict(extra="allow")
 
     step: int
     loss: float
-    accuracy: float | None = None
     tasks_per_second: float
     tasks: int
     retries: int = 0
     seconds: dict[str, float]
+
+    def value(self, metric: str) -> float | None:
+        """The mean of ``metric``, if there is such."""
+        return self.loss if metric == "loss" else (self.model_extra or {}).get(metric)
 
 
 class ValidationLine(Scores):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.errors import ConfigError, at_least
+from distmeta.policies import MLPPolicy
 
 
 class Conv4(nn.Module):
@@ -89,5 +90,5 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-MODELS: dict[str, type[nn.Module]] = {"conv4": Conv4, "mlp": MLP}
+MODELS: dict[str, type[nn.Module]] = {"conv4": Conv4, "mlp": MLP, "policy": MLPPolicy}
 """The models that a configuration can name."""

@@ -16,6 +16,7 @@ from distmeta.core.params import Layout
 from distmeta.core.types import Params
 from distmeta.distributed.work import Problem
 from distmeta.errors import CheckpointError, ConfigError, NumericalError
+from distmeta.trust_region import Passes, natural_step
 
 
 class OuterLoop:
@@ -32,7 +33,7 @@ class OuterLoop:
 
     def __init__(self, config: Outer, params: Params, layout: Layout) -> None:
         self.layout = layout
-        self.clip_norm = config.clip_norm
+        self.clip_norm, self.passes, self.trust_region = config.clip_norm, config.passes, config.trust_region
         self.params = {name: torch.nn.Parameter(tensor.detach().cpu().clone()) for name, tensor in params.items()}
         self.optimizer = _optimizer(config, list(self.params.values()))
         self.schedule = None
@@ -54,31 +55,40 @@ class OuterLoop:
         """The meta-parameters as one flat vector: a copy."""
         return self.layout.pack(dict(self.params))
 
-    def update(self, gradient: np.ndarray) -> dict[str, float]:
-        """One outer step down the mean meta-gradient.
+    def update(self, gradient: np.ndarray, passes: Passes) -> dict[str, float]:
+        """One outer step down the mean meta-gradient, and the further passes over its data that are asked for.
 
         Returns:
-            ``grad_norm`` before clipping and ``lr``.
+            ``grad_norm`` before clipping, ``lr``, and what the trust region says of the step.
 
         Raises:
             NumericalError: The gradient or the updated meta-parameters are not finite (see `sound`).
         """
-        for name, tensor in self.layout.unpack(gradient).items():
-            self.params[name].grad = tensor
-        largest = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), largest))
-        if not np.isfinite(norm):
-            raise NumericalError(
-                f"the mean meta-gradient of step {self.step} has the norm {norm}; lower algorithm.inner_lr or outer.lr"
-            )
-        used = self.lr
-        self.optimizer.step()
-        if not self.sound():
-            raise NumericalError(f"the meta-parameters after step {self.step} are not finite; lower outer.lr")
+        record: dict[str, float] = {"lr": self.lr}
+        if self.trust_region is not None:
+            record["grad_norm"] = float(torch.from_numpy(gradient).norm())
+            gradient, said = natural_step(self.vector(), gradient, passes, self.trust_region)
+            record |= said
+        for count in range(self.passes):
+            if count:
+                gradient = passes.gradient(self.vector())
+            for name, tensor in self.layout.unpack(gradient).items():
+                self.params[name].grad = tensor
+            largest = float("inf") if self.clip_norm is None else self.clip_norm
+            norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), largest))
+            if not np.isfinite(norm):
+                raise NumericalError(
+                    f"the mean meta-gradient of step {self.step} has the norm {norm}; lower algorithm.inner_lr or "
+                    "outer.lr"
+                )
+            self.optimizer.step()
+            if not self.sound():
+                raise NumericalError(f"the meta-parameters after step {self.step} are not finite; lower outer.lr")
+            record.setdefault("grad_norm", norm)
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        return {"grad_norm": norm, "lr": used}
+        return record
 
     def set_lr(self, lr: float) -> None:
         """Changes the learning rate of all updates to come; a schedule would not know of it."""

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from distmeta.evaluation import GREATER_IS_BETTER, SHARES
 from distmeta.history import History, Scores
 
 Floats = NDArray[np.floating[Any]]
@@ -33,7 +34,12 @@ PARTS = {  # of an outer step: what it is called, and its colour
     "validation": ("validation", ORANGE),
     "checkpoint": ("checkpoint", PINK),
 }
-WORKER_PARTS = {"sample": ("workers: building tasks", YELLOW), "adapt": ("workers: adapting", VERMILLION)}
+WORKER_PARTS = {
+    "sample": ("workers: building tasks", YELLOW),
+    "adapt": ("workers: adapting", VERMILLION),
+    "environment": ("workers: environments", GREY),
+    "policy": ("workers: acting", "black"),
+}
 KINDS: dict[str, dict[str, Any]] = {
     "training": {"linewidth": 1.2, "linestyle": "-"},
     "after": {"linewidth": 1.8, "linestyle": "-", "marker": "o", "markersize": 4},
@@ -52,9 +58,11 @@ def learning_curve(runs: Sequence[History]) -> Figure | None:
     """Training and validation over outer steps, a panel for each metric; None without any metrics."""
     metrics = [
         metric
-        for metric in ("accuracy", "loss")
+        for metric in (*GREATER_IS_BETTER, "loss")
         if any(_series(run, kind, metric)[0].size for run in runs for kind in KINDS)
     ]
+    if "return" in metrics:
+        metrics.remove("loss")  # a policy's loss is relative to the policy at hand: its value says nothing
     if not metrics:
         return None
     figure = blank(max(7.0, 5.5 * len(metrics)), 4.4)
@@ -99,7 +107,7 @@ def _series(run: History, kind: str, metric: str) -> tuple[Floats, Floats, Float
     """Steps, means and half-widths of the 95% intervals of one curve of `learning_curve`; empty if there is none."""
     points: list[tuple[float, float, float]] = []
     if kind == "training":
-        values = [(line.step, line.accuracy if metric == "accuracy" else line.loss) for line in run.train]
+        values = [(line.step, line.value(metric)) for line in run.train]
         points = [(step, value, 0.0) for step, value in values if value is not None]
     else:
         for line in run.validation:
@@ -254,7 +262,10 @@ def throughput(runs: Sequence[History]) -> Figure | None:
     shares.xaxis.set_major_formatter(PercentFormatter(1.0))
     for side in ("top", "right"):
         shares.spines[side].set_visible(False)
-    handles = [Patch(color=colour, label=label) for label, colour in (PARTS | WORKER_PARTS).values()]
+    optional = {"environment", "policy"} - {part for _, run in timed for line in run.train for part in line.seconds}
+    handles = [
+        Patch(color=c, label=label) for part, (label, c) in (PARTS | WORKER_PARTS).items() if part not in optional
+    ]
     legend(figure, handles, columns=4)
     return figure
 
@@ -267,7 +278,7 @@ def _share_bar(panel: Axes, row: int, run: History, parts: dict[str, tuple[str, 
         share = seconds / total
         panel.barh(row, share, left=left, color=parts[part][1], edgecolor="white", linewidth=0.5, height=0.7)
         if share > 0.07:
-            ink = "white" if part in ("map", "adapt") else "black"
+            ink = "white" if part in ("map", "adapt", "environment", "policy") else "black"
             panel.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center", color=ink, fontsize=9)
         left += share
 
@@ -285,7 +296,7 @@ def tidy(panel: Axes) -> None:
 
 
 def _metric_axis(panel: Axes, metric: str, label: str) -> None:
-    if metric == "accuracy":
+    if metric in SHARES:
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.set_ylabel(label)
     tidy(panel)

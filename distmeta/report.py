@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from distmeta import episode, history, pictures
+from distmeta import episode, history, paths, pictures
 from distmeta.errors import DistmetaError
-from distmeta.evaluation import show
+from distmeta.evaluation import GREATER_IS_BETTER, SHARES, show
 from distmeta.experiment import Experiment, assemble
 from distmeta.history import History, Interval, Scores
 from distmeta.metrics import MetricsLog
 from distmeta.page import Picture, folded, note, table, write_page
 from distmeta.runs import RunFolder
+from distmeta.tasks.control import Control
 
 EXPLANATION = (
     "± is the half-width of the 95% confidence interval of the mean over tasks. Transductive: the query examples are "
@@ -83,7 +84,12 @@ def status(run: RunFolder) -> str:
     lines = [f"{past.name}: {past.step:,} of {steps:,} outer steps, {state}"]
     if last is not None:
         age = max(0.0, time.time() - run.metrics.stat().st_mtime)
-        shown = f"loss {last.loss:.4f}" + ("" if last.accuracy is None else f", accuracy {100 * last.accuracy:.2f}%")
+        values = {metric: last.value(metric) for metric in (*GREATER_IS_BETTER, "loss")}
+        shown = ", ".join(
+            f"{metric} {100 * value:.2f}%" if metric in SHARES else f"{metric} {value:.4f}"
+            for metric, value in values.items()
+            if value is not None
+        )
         lines.append(
             f"training    {shown}, {last.tasks_per_second:.1f} tasks/s, {last.retries} shards redone, {age:.0f} s ago"
         )
@@ -102,12 +108,16 @@ def _episode(run: History, experiment: Experiment | None) -> Picture:
     """The first test task, adapted to; left out with the reason where it cannot be built here."""
     figure, missing = None, ""
     try:
-        figure = episode.draw(episode.adapt_first(run.run, experiment or assemble(run.config)))
+        experiment = experiment or assemble(run.config)
+        if isinstance(experiment.problem.tasks, Control):
+            figure = paths.draw(paths.sample_first(run.run, experiment))
+        else:
+            figure = episode.draw(episode.adapt_first(run.run, experiment))
     except DistmetaError as error:
         missing = str(error)
     return Picture(
         "episode",
-        "The first test task, adapted to from the best checkpoint; its query examples are predicted in one batch.",
+        "The first test task, adapted to from the best checkpoint.",
         figure,
         missing,
     )

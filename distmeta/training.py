@@ -21,7 +21,7 @@ from distmeta.config import Config, load
 from distmeta.core.loss import Criterion
 from distmeta.core.params import join, split
 from distmeta.core.types import TaskDistribution
-from distmeta.distributed.executor import Executor, InProcess, reduce_mean
+from distmeta.distributed.executor import Executor, InProcess, MetaBatch, reduce_mean
 from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError, Stopped
 from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, gather, nearest_neighbour, show
@@ -223,12 +223,13 @@ class Training:
         config, outer, settings, clock = self.config, self.outer, self.config.train, Clock()
         upcoming = self._shards(outer.step + 1) if outer.step + 1 < settings.steps else []
         try:
-            results = self.executor.map("meta_gradient", outer.vector(), self._shards(outer.step), upcoming)
+            theta, shards = outer.vector(), self._shards(outer.step)
+            results = self.executor.map("meta_gradient", theta, shards, upcoming)
             clock.lap("map")
             gradient = reduce_mean(results, settings.meta_batch_size)
             clock.lap("reduce")
             with reproducible(1, 0):
-                record = outer.update(gradient)
+                record = outer.update(gradient, MetaBatch(self.executor, theta, shards, settings.meta_batch_size))
             clock.lap("outer")
         except DistmetaError:
             if outer.sound():
@@ -239,7 +240,7 @@ class Training:
         if config.validation.every and outer.step % config.validation.every == 0:
             evaluation = self._validate(metrics, progress)
             clock.lap("validation")
-        for part in ("sample", "adapt"):
+        for part in results[0].seconds:
             clock.seconds[part] = sum(result.seconds[part] for result in results)
         clock.seconds["checkpoint"], self._saving = self._saving, 0.0
         metrics.add(outer.step, settings.meta_batch_size, means | record, clock.seconds, self.executor.retries)

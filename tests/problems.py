@@ -123,10 +123,11 @@ def small_models(dtype: torch.dtype) -> dict[str, tuple[nn.Module, tuple[int, ..
 
 
 def algorithms() -> dict[str, MetaAlgorithm]:
-    """Every registered algorithm with its defaults but for a larger inner rate, and its variants."""
+    """Every algorithm for supervised tasks with its defaults but for a larger inner rate, and its variants."""
     made: dict[str, MetaAlgorithm] = {
         name: kind(**({"inner_lr": 0.1} if "inner_lr" in inspect.signature(kind).parameters else {}))
         for name, kind in ALGORITHMS.items()
+        if name != "promp"  # for control alone
     }
     made["imaml"] = IMAML(inner_lr=0.01, regularization=50.0)
     made["maml-3"] = MAML(inner_lr=0.1, inner_steps=3)

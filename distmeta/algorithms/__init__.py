@@ -9,6 +9,7 @@ from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_pp import MAMLpp
 from distmeta.algorithms.meta_curvature import MetaCurvature
 from distmeta.algorithms.meta_sgd import MetaSGD
+from distmeta.algorithms.promp import ProMP
 from distmeta.algorithms.protomaml import ProtoMAML
 from distmeta.algorithms.r2d2 import R2D2
 from distmeta.algorithms.reptile import Reptile
@@ -20,6 +21,7 @@ ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
     "maml-pp": MAMLpp,
     "meta-curvature": MetaCurvature,
     "meta-sgd": MetaSGD,
+    "promp": ProMP,
     "protomaml": ProtoMAML,
     "r2d2": R2D2,
     "reptile": Reptile,
@@ -34,6 +36,7 @@ __all__ = [
     "MetaAlgorithm",
     "MetaCurvature",
     "MetaSGD",
+    "ProMP",
     "ProtoMAML",
     "Reptile",
 ]

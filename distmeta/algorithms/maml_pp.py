@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distmeta.algorithms.maml import MAML
 from distmeta.core.inner import SGD, InnerOptimizer, Order
-from distmeta.core.types import MetaParams, Metrics, Params, Task, TaskLoss
-from distmeta.errors import at_least
+from distmeta.core.types import MetaParams, Metrics, Params, Recorded, Task, TaskLoss
+from distmeta.errors import ConfigError, at_least
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class MAMLpp(MAML):
         """Σ_k v_k L(theta_k; Q), and the metrics of the query set at theta_K."""
         path = islice(self.inner_loop(meta, task, loss, step=step), 1, None)
         weighted = [(v, at.params) for v, at in zip(self.weights(step), path, strict=True) if v]
+        if len(weighted) > 1 and isinstance(task, Recorded):
+            raise ConfigError(
+                "algorithm.multi_step_until judges every inner step by one query set, which tasks of control sample for "
+                "the last one alone: leave it at 0"
+            )
         values = [(v, *loss(params, task.query(params))) for v, params in weighted]
         return torch.stack([v * value for v, value, _ in values]).sum(), values[-1][2]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from distmeta.core.gradients import grad_and_value
+from distmeta.core.gradients import grad_and_value, hessian_product
 from distmeta.core.inner import InnerStep, last
 from distmeta.core.params import join, split
+from distmeta.core.policy import PolicyLoss
 from distmeta.core.types import MetaGradient, MetaParams, Metrics, Params, Task, TaskLoss
 
 
@@ -79,3 +80,17 @@ class Bilevel(MetaAlgorithm):
             lambda joined: self.objective(split(joined), task, loss, step=step), join(meta), create_graph=False
         )
         return MetaGradient(split(gradient), metrics | {"loss": value})
+
+    def divergence(self, meta: MetaParams, task: Task, loss: PolicyLoss, *, step: int) -> Tensor:
+        """KL(pi_old ‖ pi_{theta_K}) on the states of the query set, where pi_old is the policy that sampled it."""
+        adapted = last(self.inner_loop(meta, task, loss, step=step)).params
+        return loss.divergence(adapted, task.query(adapted))
+
+    def curvature(
+        self, meta: MetaParams, task: Task, loss: PolicyLoss, direction: MetaParams, *, step: int
+    ) -> MetaParams:
+        """The product of the Hessian of `divergence` in all meta-parameters and ``direction``."""
+        product = hessian_product(
+            lambda joined: self.divergence(split(joined), task, loss, step=step), join(meta), join(direction)
+        )
+        return split(product)

@@ -60,3 +60,20 @@ def grad_and_value(
             )
         gradient = dict(zip(params, tensors, strict=True))
     return gradient, value.detach(), {name: tensor.detach() for name, tensor in metrics.items()}
+
+
+def hessian_product(function: Callable[[Params], Tensor], params: Params, direction: Params) -> Params:
+    """∇²f(p) v, by differentiating ∇f(p) · v once more.
+
+    Args:
+        function: f, from parameters to a scalar.
+        params: p.
+        direction: v, of the same structure.
+    """
+    params = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    tensors = list(params.values())
+    with torch.enable_grad():
+        first = torch.autograd.grad(function(params), tensors, create_graph=True, materialize_grads=True)
+        along = torch.stack([(g * direction[name]).sum() for name, g in zip(params, first, strict=True)]).sum()
+        second = torch.autograd.grad(along, tensors, materialize_grads=True)
+    return dict(zip(params, second, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -57,23 +58,21 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
-class ModuleLoss:
-    """L_T(theta; D) = criterion(f_theta(x), y), a pure function of theta and D = (x, …, y).
+class PureModule(ABC):
+    """A network f as a pure function of its parameters, and the loss L_T(theta; D) of tasks that it is used for.
 
     Parameters with ``requires_grad=False`` are constants; all others are theta.
 
     Args:
         module: f, whose own parameter values are only the initial theta.
-        criterion: From output and target to a scalar, or to a scalar and metrics.
 
     Raises:
         ConfigError: The module cannot be used in an inner loop (see `check_module`).
     """
 
-    def __init__(self, module: nn.Module, criterion: Criterion) -> None:
+    def __init__(self, module: nn.Module) -> None:
         check_module(module)
         self.module = module
-        self.criterion = criterion
 
     def init(self) -> Params:
         """The initial theta: copies of the module's trainable parameters."""
@@ -93,6 +92,23 @@ class ModuleLoss:
     def predict(self, params: Params, *inputs: Tensor) -> Tensor:
         """f_theta(x)."""
         return functional_call(self.module, params, inputs)
+
+    @abstractmethod
+    def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
+        """L_T(theta; D) and metrics."""
+
+
+class ModuleLoss(PureModule):
+    """L_T(theta; D) = criterion(f_theta(x), y), a pure function of theta and D = (x, …, y).
+
+    Args:
+        module: f (see `PureModule`).
+        criterion: From output and target to a scalar, or to a scalar and metrics.
+    """
+
+    def __init__(self, module: nn.Module, criterion: Criterion) -> None:
+        super().__init__(module)
+        self.criterion = criterion
 
     def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
         """L_T(theta; D) and metrics; ``batch`` is ``(x, …, y)``."""

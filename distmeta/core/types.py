@@ -86,6 +86,30 @@ class Portable(Protocol):
         ...
 
 
+class Recorded:
+    """A task whose data are sampled once, and are the same afterwards at whatever parameters they are asked for.
+
+    The outer loop can so go over the data of one outer step several times.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._support: dict[int, Batch] = {}
+        self._query: Batch | None = None
+
+    def support(self, params: Params, inner_step: int) -> Batch:
+        """The data of inner step ``inner_step``, sampled at the parameters of the first call."""
+        if inner_step not in self._support:
+            self._support[inner_step] = self.task.support(params, inner_step)
+        return self._support[inner_step]
+
+    def query(self, params: Params) -> Batch:
+        """The query data, sampled at the parameters of the first call."""
+        if self._query is None:
+            self._query = self.task.query(params)
+        return self._query
+
+
 class MetaParams(NamedTuple):
     """All that the outer loop learns."""
 

@@ -85,6 +85,7 @@ class RayPool:
             self._starting: dict[ray.ObjectRef, Any] = {}
             self._fetching: dict[Any, Ready] = {}  # those of the starting ones that wait for data
             self._workers: dict[Any, Ready] = {}
+            self._holders: dict[Shard, Any] = {}  # who has sampled the data of which shard of this step
             self._left_out = 0
             self._hardware: str | None = None
             self._stillborn = 0
@@ -223,12 +224,20 @@ class RayPool:
         return self._data
 
     def map(
-        self, work: Work, vector: np.ndarray, shards: Sequence[Shard], upcoming: Sequence[Shard] = ()
+        self,
+        work: Work,
+        vector: np.ndarray,
+        shards: Sequence[Shard],
+        upcoming: Sequence[Shard] = (),
+        second: np.ndarray | None = None,
     ) -> list[ShardResult]:
         """See `distmeta.distributed.executor.Executor.map`."""
         start = time.perf_counter()
         self._grow()
         broadcast = ray.put(vector)
+        further = None if second is None else ray.put(second)
+        if second is None:
+            self._holders.clear()
         waiting = deque(range(len(shards)))
         results: dict[int, ShardResult] = {}
         running: dict[ray.ObjectRef, tuple[Any, int]] = {}
@@ -237,12 +246,10 @@ class RayPool:
         # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
         ahead = {w: upcoming[i :: len(self._workers)][:QUEUED] for i, w in enumerate(self._workers)}
         while len(results) < len(shards):
-            while waiting and self._workers:
-                worker = min(self._workers, key=lambda w: len(queues.setdefault(w, [])))  # the first of the idlest
-                if len(queues[worker]) >= QUEUED:
-                    break
-                index = waiting.popleft()
-                running[worker.run.remote(work, broadcast, shards[index])] = (worker, index)
+            while (given := self._next(waiting, shards, queues)) is not None:
+                worker, index = given
+                waiting.remove(index)
+                running[worker.run.remote(work, broadcast, shards[index], further)] = (worker, index)
                 queues[worker].append(index)
             done, _ = ray.wait(
                 [*running, *self._starting], num_returns=1, timeout=None if running else self.scaling.start_timeout
@@ -257,6 +264,7 @@ class RayPool:
                 try:
                     results[index] = ray.get(ref)
                     queues[worker].remove(index)
+                    self._holders[shards[index]] = worker
                 except LOST as error:
                     waiting.appendleft(index)
                     if worker in self._workers:
@@ -271,9 +279,22 @@ class RayPool:
                     if not waiting and not queues[worker] and worker in ahead:
                         worker.prepare.remote(ahead.pop(worker))
         ordered = [results[index] for index in range(len(shards))]
-        if work == "meta_gradient":
+        if work == "meta_gradient" and second is None:
             self._gauges.step(ordered, time.perf_counter() - start, len(self._workers))
         return ordered
+
+    def _next(
+        self, waiting: Sequence[int], shards: Sequence[Shard], queues: dict[Any, list[int]]
+    ) -> tuple[Any, int] | None:
+        """Whom to send which shard: the first of the idlest, and the first for which no other has sampled the data."""
+        for worker in sorted(self._workers, key=lambda w: len(queues.setdefault(w, []))):
+            if len(queues[worker]) >= QUEUED:
+                return None
+            for index in waiting:
+                holder = self._holders.get(shards[index], worker)
+                if holder == worker or holder not in self._workers:
+                    return worker, index
+        return None
 
     def _replace(self, worker: Any, error: Exception, shard: Shard, tries: int) -> None:
         """Lets go of a lost worker and starts another, without waiting for it."""

@@ -11,21 +11,32 @@ import time
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from distmeta.core.algorithm import MetaAlgorithm
+from distmeta.core.algorithm import Bilevel, MetaAlgorithm
 from distmeta.core.gradients import function_transforms
-from distmeta.core.loss import ModuleLoss, uses_batch_statistics
+from distmeta.core.loss import PureModule, uses_batch_statistics
 from distmeta.core.params import Layout, join, split
+from distmeta.core.policy import PolicyLoss
 from distmeta.core.seeds import stream, torch_seed
-from distmeta.core.types import Batch, Episode, MetaGradient, MetaParams, Params, Split, Task, TaskDistribution
+from distmeta.core.types import (
+    Batch,
+    Episode,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Recorded,
+    Split,
+    Task,
+    TaskDistribution,
+)
 from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError, one_line
 
-Work = Literal["meta_gradient", "evaluate", "nearest_neighbour"]
+Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap"]
 
 
@@ -54,7 +65,7 @@ class ShardResult(NamedTuple):
     metrics: dict[str, np.ndarray]
     """For each metric an array whose first axis counts the shard's tasks."""
     seconds: dict[str, float]
-    """Time spent building tasks (``sample``) and on the rest (``adapt``)."""
+    """Time spent building tasks (``sample``), in control on ``environment`` and ``policy``, and else (``adapt``)."""
 
 
 @contextmanager
@@ -99,32 +110,63 @@ def span(shard: Shard) -> str:
     return f"tasks {shard.first}-{shard.first + shard.size - 1} of step {shard.step} (split {shard.split})"
 
 
+class Recordings:
+    """A cache of the data that tasks have sampled in one outer step, at one vector, for further passes over them."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._vector = np.empty(0)
+        self._tasks: dict[Shard, list[Task]] = {}
+
+    def of(self, vector: np.ndarray, shard: Shard) -> list[Task] | None:
+        """The tasks of ``shard`` with the data sampled at ``vector``, if they are here."""
+        same = self._step == shard.step and np.array_equal(self._vector, vector)
+        return self._tasks.get(shard) if same else None
+
+    def keep(self, vector: np.ndarray, shard: Shard, tasks: list[Task]) -> None:
+        """Keeps them; those of another step or vector are dropped."""
+        if self._step != shard.step or not np.array_equal(self._vector, vector):
+            self._step, self._vector, self._tasks = shard.step, vector.copy(), {}
+        self._tasks[shard] = tasks
+
+
 @dataclass
 class Problem:
     """Everything that a worker needs beside the meta-parameters and the name of a shard."""
 
     algorithm: MetaAlgorithm
-    loss: ModuleLoss
+    loss: PureModule
     tasks: TaskDistribution
     layout: Layout
     seed: int
     strategy: Strategy = "loop"
     threads: int = 1
     device: str = "cpu"
+    recordings: Recordings = field(default_factory=Recordings, repr=False)
 
     def check_device(self) -> None:
         """Raises `ResourceError` unless this process has the device that the problem is to be computed on."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ResourceError("scaling.use_gpu is on, but torch sees no GPU where the shards are to be computed")
 
-    def run(self, work: Work, vector: np.ndarray, shard: Shard, tasks: list[Task] | None = None) -> ShardResult:
+    def run(
+        self,
+        work: Work,
+        vector: np.ndarray,
+        shard: Shard,
+        tasks: list[Task] | None = None,
+        second: np.ndarray | None = None,
+    ) -> ShardResult:
         """Does ``work`` on one shard.
 
         Args:
-            work: What to do.
-            vector: The meta-parameters, flat.
+            work: What to do: ``meta_gradient``, for training; ``objective``, the metrics of that alone, with the
+                divergence of the adapted policies; ``curvature``, that of the divergence along ``second``.
+            vector: The meta-parameters, flat. Data that depend on a policy are sampled with these.
             shard: Which tasks.
             tasks: The shard's tasks, if they have been built already.
+            second: A direction for ``curvature``; else the meta-parameters to compute at, with the data of ``vector``;
+                None for ``vector``.
 
         Raises:
             NumericalError: A loss or a gradient is not finite; the message names the task.
@@ -138,15 +180,17 @@ class Problem:
             self.loss.module.train(work == "meta_gradient")
             meta = split(self.layout.unpack(vector, self.device))
             tasks = [to_device(task, self.device) for task in tasks]
-            if work == "meta_gradient":
-                total, metrics = self._meta_gradients(meta, tasks, shard)
-            else:
+            if work == "evaluate":
                 total = None
-                if work == "evaluate":
-                    metrics = stack_metrics([self._evaluate(meta, task, shard.split == "test") for task in tasks])
-                else:
-                    metrics = stack_metrics([self._nearest_neighbour(meta, task) for task in tasks])
-        return ShardResult(total, metrics, {"sample": built - start, "adapt": time.perf_counter() - built})
+                metrics = stack_metrics([self._evaluate(meta, task, shard.split == "test") for task in tasks])
+            elif work == "nearest_neighbour":
+                total = None
+                metrics = stack_metrics([self._nearest_neighbour(meta, task) for task in tasks])
+            else:
+                total, metrics = self._train(work, meta, vector, tasks, shard, second)
+        sampling = sampling_seconds(tasks)
+        adapting = time.perf_counter() - built - sum(sampling.values())
+        return ShardResult(total, metrics, {"sample": built - start, "adapt": adapting} | sampling)
 
     def build(self, shard: Shard) -> list[Task]:
         """The shard's tasks, each from its own random stream."""
@@ -158,6 +202,43 @@ class Problem:
 
     def _name(self, shard: Shard, index: int) -> str:
         return f"task {index} of step {shard.step} (split {shard.split}, seed {self.seed})"
+
+    def _train(
+        self,
+        work: Work,
+        meta: MetaParams,
+        vector: np.ndarray,
+        tasks: list[Task],
+        shard: Shard,
+        second: np.ndarray | None,
+    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+        """A pass over the shard's tasks, the first or, with ``second``, a further one over the data of the first."""
+        if not isinstance(tasks[0], Episode):
+            kept = self.recordings.of(vector, shard)
+            if kept is None:
+                kept = list[Task](map(Recorded, tasks))
+                if second is not None:  # sampled on a worker that has been lost: the same once more
+                    self._meta_gradients(meta, kept, shard)
+                self.recordings.keep(vector, shard, kept)
+            tasks = kept
+        other = meta if second is None else split(self.layout.unpack(second, self.device))
+        if work == "meta_gradient":
+            return self._meta_gradients(other, tasks, shard)
+        algorithm, loss = self.algorithm, self.loss
+        assert isinstance(algorithm, Bilevel)
+        assert isinstance(loss, PolicyLoss)
+        if work == "curvature":
+            total: Params = {}
+            for task in tasks:
+                add(total, join(algorithm.curvature(meta, task, loss, other, step=shard.step)))
+            return self.layout.pack(total), {}
+        rows: list[dict[str, np.ndarray]] = []
+        for task in tasks:
+            variables = split({name: tensor.requires_grad_() for name, tensor in join(other).items()})
+            value, _ = algorithm.objective(variables, task, loss, step=shard.step)
+            divergence = algorithm.divergence(variables, task, loss, step=shard.step)
+            rows.append({"loss": value.detach().cpu().numpy(), "kl": divergence.detach().cpu().numpy()})
+        return None, stack_metrics(rows)
 
     def _meta_gradients(
         self, meta: MetaParams, tasks: list[Task], shard: Shard
@@ -176,8 +257,7 @@ class Problem:
                 gradient = join(result.gradient)
                 self._check(gradient, shard, shard.first + i)
                 rows.append({name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()})
-                for name, tensor in gradient.items():
-                    joined[name] = joined[name].add_(tensor) if name in joined else tensor.clone()
+                add(joined, gradient)
             metrics = stack_metrics(rows)
         for i in np.flatnonzero(~np.isfinite(metrics["loss"])):
             raise NumericalError(self._not_finite("loss", float(metrics["loss"][i]), shard, shard.first + int(i)))
@@ -258,6 +338,24 @@ class Problem:
         query, target = task.query(meta.model)
         nearest = torch.cdist(query.flatten(1), support.flatten(1)).argmin(1)
         return {"accuracy": (label[nearest] == target).double().mean().cpu().numpy()}
+
+
+def add(total: Params, part: Params) -> None:
+    """Adds ``part`` to ``total``, which is empty at first, in place."""
+    for name, tensor in part.items():
+        total[name] = total[name].add_(tensor) if name in total else tensor.clone()
+
+
+def sampling_seconds(tasks: list[Task]) -> dict[str, float]:
+    """Time that tasks which sample their own data have spent at it since they were asked last."""
+    total: dict[str, float] = {}
+    for task in tasks:
+        while isinstance(task, Recorded):
+            task = task.task
+        for part, seconds in getattr(task, "seconds", {}).items():
+            total[part] = total.get(part, 0.0) + seconds
+            task.seconds[part] = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+    return total
 
 
 def to_device(task: Task, device: str) -> Task:

@@ -70,10 +70,10 @@ class Worker:
         """Builds the tasks of ``shards`` while the driver is busy."""
         self.ahead = {shard: self.problem.build(shard) for shard in shards}
 
-    def run(self, work: Work, vector: np.ndarray, shard: Shard) -> ShardResult:
+    def run(self, work: Work, vector: np.ndarray, shard: Shard, second: np.ndarray | None = None) -> ShardResult:
         """See `Problem.run`."""
         try:
-            return self.problem.run(work, vector, shard, self.ahead.pop(shard, None))
+            return self.problem.run(work, vector, shard, self.ahead.pop(shard, None), second)
         except DataError as error:
             raise DataError(f"on the node {self.node}: {error}") from error
 

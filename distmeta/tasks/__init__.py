@@ -8,12 +8,21 @@ from typing import Any
 
 from distmeta.tasks.cifar import CifarFS
 from distmeta.tasks.glyphs import Glyphs
+from distmeta.tasks.locomotion import Ant, Gym, HalfCheetahDirection, HalfCheetahVelocity
+from distmeta.tasks.metaworld import MetaWorld
+from distmeta.tasks.navigation import Navigation
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
 
 TASKS: dict[str, Callable[..., Any]] = {
+    "ant": Ant,
     "cifar_fs": CifarFS,
     "glyphs": Glyphs,
+    "gym": Gym,
+    "half_cheetah_dir": HalfCheetahDirection,
+    "half_cheetah_vel": HalfCheetahVelocity,
+    "metaworld": MetaWorld,
+    "navigation": Navigation,
     "omniglot": Omniglot,
     "sinusoid": Sinusoid,
 }

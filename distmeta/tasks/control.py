@@ -1,0 +1,339 @@
+"""Tasks of control: an environment, a goal, and data that are sampled with whatever policy is asked about.
+
+An environment of one's own is a subclass of `Control` (any simulator that steps several copies at once) or of
+`GymControl` (a gymnasium environment) that says how goals are drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distmeta.core.policy import ActionSpec, Estimator, Kind, PolicyLoss, Rollouts, advantages
+from distmeta.core.seeds import stream
+from distmeta.core.types import Params, Split, TaskSpec
+from distmeta.errors import ConfigError, DataError, DistmetaError, WorkerError, at_least, one_line
+
+Floats = NDArray[np.floating[Any]]
+
+
+class Outcome(NamedTuple):
+    """What one step has brought to each of the E episodes."""
+
+    observation_EO: Floats
+    reward_E: Floats
+    ended_E: NDArray[np.bool_]
+    """Whether the episode is over, before its time was up."""
+    success_E: Floats
+    """1 where the goal is reached; zeros where the tasks do not say."""
+
+
+class Spaces(NamedTuple):
+    """What a policy sees and does."""
+
+    observation: tuple[int, ...]
+    """The shape of an observation: (O,)."""
+    actions: int
+    """How many numbers an action has, or how many actions there are."""
+    kind: Kind
+
+
+class Simulator(Protocol):
+    """E copies of an environment that are stepped together, in one process and with no state but that of `reset`."""
+
+    def reset(self, goal: Any, seeds: Sequence[int]) -> Floats:
+        """Begins E episodes of the task ``goal``; the first observations (E, O)."""
+        ...
+
+    def step(self, action_EA: NDArray[Any]) -> Outcome:
+        """One step of every episode, also of those that are over, whose outcome is ignored."""
+        ...
+
+
+@dataclass(eq=False)
+class Control(ABC):
+    """A distribution over control tasks.
+
+    A subclass gives `spaces`, `draw` and `simulator`, and may change `measures_success` and the two positions.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    episodes: Annotated[int, "episodes that each inner step, and the query set, are sampled from"] = 20
+    horizon: Annotated[int, "time steps of an episode in meta-training"] = 100
+    test_episodes: Annotated[int | None, "episodes in validation, evaluation and adaptation; null: episodes"] = None
+    test_horizon: Annotated[int | None, "time steps in validation, evaluation and adaptation; null: horizon"] = None
+    discount: Annotated[float, "gamma, by which later rewards count less"] = 0.99
+    gae_lambda: Annotated[float, "lambda of generalised advantage estimation; 1: returns less their baseline"] = 1.0
+    estimator: Annotated[Estimator, "of the policy gradient's own derivative: lvc or dice (see PolicyLoss)"] = "lvc"
+
+    measures_success = False
+    """Whether an episode can succeed; it has if its goal was reached at any step."""
+
+    def __post_init__(self) -> None:
+        for key in ("episodes", "horizon", "test_episodes", "test_horizon"):
+            if getattr(self, key) is not None:
+                at_least(f"tasks.{key}", getattr(self, key), 1)
+        for key in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"tasks.{key} must be between 0 and 1; given: {getattr(self, key)}")
+        self._policy: PolicyLoss | None = None
+
+    @property
+    @abstractmethod
+    def spaces(self) -> Spaces:
+        """What a policy sees and does."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, split: Split) -> Any:
+        """A goal of ``split``, as plain data or arrays."""
+
+    @abstractmethod
+    def simulator(self, goal: Any, episodes: int) -> Simulator:
+        """``episodes`` copies of the environment for ``goal``; called for every sampling, so it should keep them."""
+
+    def size(self, split: Split) -> tuple[int, int]:
+        """Episodes of each set of a task of ``split``, and the most time steps of each: E and T."""
+        if split == "train":
+            return self.episodes, self.horizon
+        return self.test_episodes or self.episodes, self.test_horizon or self.horizon
+
+    def position(self, observation: Floats) -> Floats | None:
+        """Where in the plane (…, 2) the observations (…, O) are, for pictures; None: nowhere."""
+        return None
+
+    def goal_position(self, goal: Any) -> Floats | None:
+        """Where in the plane the goal is, for pictures; None: nowhere."""
+        return None
+
+    @property
+    def spec(self) -> TaskSpec:
+        """Observations in, parameters of a distribution over actions out."""
+        scores = ("return", "success") if self.measures_success else ("return",)
+        shape, actions, kind = self.spaces
+        return TaskSpec(shape, actions, ActionSpec(kind, actions, scores, self.estimator))
+
+    def bind(self, policy: PolicyLoss) -> None:
+        """Tells the tasks with which policy they are sampled."""
+        self._policy = policy
+
+    def sample(self, rng: np.random.Generator, split: Split) -> ControlTask:
+        """Draws a goal, and the name of the random streams of all that will be sampled for it."""
+        if self._policy is None:
+            raise ConfigError("tasks of control are sampled with a policy: call bind(policy) first")
+        return ControlTask(self, self._policy, self.draw(rng, split), int(rng.integers(2**62)), *self.size(split))
+
+
+class ControlTask:
+    """One goal. Both sets are pure functions of the policy's parameters: each has random streams of its own.
+
+    The query set has the same streams at whatever parameters, so that policies are compared on the same luck.
+    """
+
+    def __init__(self, tasks: Control, policy: PolicyLoss, goal: Any, key: int, episodes: int, horizon: int) -> None:
+        self.tasks, self.policy, self.goal, self.key = tasks, policy, goal, key
+        self.episodes, self.horizon = episodes, horizon
+        self.seconds = {"environment": 0.0, "policy": 0.0}
+
+    def support(self, params: Params, inner_step: int) -> Rollouts:
+        """Episodes sampled with the policy at hand."""
+        return self.rollouts(params, "support", inner_step)
+
+    def query(self, params: Params) -> Rollouts:
+        """Episodes sampled with the adapted policy."""
+        return self.rollouts(params, "query", 0)
+
+    @torch.no_grad()
+    def rollouts(self, params: Params, name: str, number: int) -> Rollouts:
+        """Samples the episodes of the stream ``name``, ``number``.
+
+        Raises:
+            WorkerError: The environment raised.
+            DataError: An observation or a reward is not finite.
+        """
+        tasks, kind = self.tasks, self.policy.actions
+        params = {key: tensor.detach() for key, tensor in params.items()}
+        first = next(iter(params.values()))
+        device, dtype = first.device, first.dtype
+        rng = stream(self.key, name, number)
+        seeds = [int(seed) for seed in rng.integers(2**31, size=self.episodes)]
+        noise = torch.from_numpy(kind.noise(rng, (self.horizon, self.episodes), tasks.spaces.actions)).to(device, dtype)
+        observations, actions, outputs, rewards, valid, success = [], [], [], [], [], np.zeros(self.episodes)
+        simulator = tasks.simulator(self.goal, self.episodes)
+        alive = np.ones(self.episodes, bool)
+        observation = self._stepped(lambda: simulator.reset(self.goal, seeds))
+        self._check("first observation", observation, alive, 0)
+        for t in range(self.horizon):
+            start = time.perf_counter()
+            seen = torch.from_numpy(observation).to(device, dtype)
+            output = self.policy.predict(params, seen)
+            action = kind.act(output, noise[t])
+            self.seconds["policy"] += time.perf_counter() - start
+            outcome = self._stepped(lambda a=action: simulator.step(a.cpu().numpy()))
+            self._check("observation", outcome.observation_EO, alive, t)
+            self._check("reward", outcome.reward_E, alive, t)
+            observations.append(seen)
+            actions.append(action)
+            outputs.append(output)
+            rewards.append(np.where(alive, outcome.reward_E, 0.0))
+            valid.append(alive.copy())
+            success = np.maximum(success, np.where(alive, outcome.success_E, 0.0))
+            alive &= ~outcome.ended_E
+            observation = np.where(alive[:, None], outcome.observation_EO, 0.0)
+            if not alive.any():
+                break
+        reward_ET, valid_ET = (torch.from_numpy(np.stack(x, 1).astype(np.float64)) for x in (rewards, valid))
+        observation_ETO = torch.stack(observations, 1)
+        advantage_ET = advantages(
+            observation_ETO.cpu(), reward_ET, valid_ET, discount=tasks.discount, gae_lambda=tasks.gae_lambda
+        )
+        scores = [reward_ET.sum(1), torch.from_numpy(success)][: 1 + tasks.measures_success]
+        return Rollouts(
+            observation_ETO,
+            torch.stack(actions, 1),
+            torch.stack(outputs, 1),
+            advantage_ET.to(device, dtype),
+            valid_ET.to(device, dtype),
+            torch.stack(scores, 1).to(device, dtype),
+        )
+
+    def _stepped(self, call: Callable[[], Any]) -> Any:
+        """What the simulator gives, its time counted and its exceptions named."""
+        start = time.perf_counter()
+        try:
+            return call()
+        except DistmetaError:
+            raise
+        except Exception as error:
+            raise WorkerError(
+                f"the environment {type(self.tasks).__name__} raised {type(error).__name__} at the goal "
+                f"{_short(self.goal)} (streams of {self.key}): {one_line(error)}"
+            ) from error
+        finally:
+            self.seconds["environment"] += time.perf_counter() - start
+
+    def _check(self, what: str, values: Floats, alive: NDArray[np.bool_], t: int) -> None:
+        bad = ~np.isfinite(values).reshape(len(alive), -1).all(axis=1) & alive
+        if bad.any():
+            episode = int(np.flatnonzero(bad)[0])
+            raise DataError(
+                f"the {what} of the environment {type(self.tasks).__name__} is not finite in episode {episode}, step "
+                f"{t}, at the goal {_short(self.goal)} (streams of {self.key})"
+            )
+
+
+def _short(goal: Any) -> str:
+    return " ".join(str(goal).split())[:100]
+
+
+class GymCopies:
+    """E copies of a gymnasium environment, stepped one after the other; actions are clipped to what it takes.
+
+    Args:
+        copies: The environments.
+        apply: Sets the goal of a copy, before it is reset.
+        judge: From a copy, the goal, and what its step gave (observation, reward, info) to the reward and the success.
+    """
+
+    def __init__(
+        self,
+        copies: Sequence[Any],
+        apply: Callable[[Any, Any], None],
+        judge: Callable[[Any, Any, float, dict[str, Any]], tuple[float, float]],
+    ) -> None:
+        self.copies = copies
+        self.apply, self.judge = apply, judge
+        space = copies[0].action_space
+        self._low, self._high = getattr(space, "low", None), getattr(space, "high", None)
+
+    def reset(self, goal: Any, seeds: Sequence[int]) -> Floats:
+        """See `Simulator.reset`."""
+        self._goal = goal
+        first = []
+        for env, seed in zip(self.copies, seeds, strict=True):
+            self.apply(env, goal)
+            first.append(env.reset(seed=seed)[0])
+        self._last = np.stack(first)
+        self._over = np.zeros(len(self.copies), bool)
+        return self._last
+
+    def step(self, action_EA: NDArray[Any]) -> Outcome:
+        """See `Simulator.step`."""
+        observation, reward, success = self._last.copy(), np.zeros(len(self.copies)), np.zeros(len(self.copies))
+        for e, env in enumerate(self.copies):
+            if self._over[e]:
+                continue
+            action = int(action_EA[e, 0]) if self._low is None else np.clip(action_EA[e], self._low, self._high)
+            observation[e], given, terminated, truncated, info = env.step(action)
+            reward[e], success[e] = self.judge(env, self._goal, float(given), info)
+            self._over[e] = terminated or truncated
+        self._last = observation
+        return Outcome(observation, reward, self._over.copy(), success)
+
+
+@dataclass(eq=False)
+class GymControl(Control):
+    """Tasks made of one gymnasium environment; a subclass says how goals are drawn, set and judged."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._made: dict[str, list[Any]] = {}
+        self._spaces: Spaces | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": {}}  # environments are made anew where they are used
+
+    @abstractmethod
+    def make(self, name: str) -> Any:
+        """A new environment called ``name``."""
+
+    def name(self, goal: Any) -> str:
+        """Which environment ``goal`` is a task of, where there are several."""
+        return ""
+
+    def apply(self, env: Any, goal: Any) -> None:
+        """Sets the goal of an environment, before it is reset; nothing is to be done where `judge` knows the goal."""
+
+    def judge(self, env: Any, goal: Any, reward: float, info: dict[str, Any]) -> tuple[float, float]:
+        """The reward for ``goal`` and 1 where it is reached, from what the environment's step has given."""
+        return reward, float(info.get("success", 0.0))
+
+    def simulator(self, goal: Any, episodes: int) -> GymCopies:
+        """See `Control.simulator`."""
+        name = self.name(goal)
+        made = self._made.setdefault(name, [])
+        made += [self.make(name) for _ in range(episodes - len(made))]
+        return GymCopies(made[:episodes], self.apply, self.judge)
+
+    def first_name(self) -> str:
+        """The name of one of the environments: all of them have the same observations and actions."""
+        return ""
+
+    @property
+    def spaces(self) -> Spaces:
+        """Those of an environment that is made for the purpose.
+
+        Raises:
+            ConfigError: Observations are no vectors, or actions neither vectors nor one of several.
+        """
+        if self._spaces is None:
+            env = self.make(self.first_name())
+            seen, acts = env.observation_space, env.action_space
+            if len(getattr(seen, "shape", None) or ()) != 1:
+                raise ConfigError(f"tasks: observations must be vectors; the environment gives {seen}")
+            if hasattr(acts, "n"):
+                self._spaces = Spaces(tuple(seen.shape), int(acts.n), "categorical")
+            elif len(getattr(acts, "shape", None) or ()) == 1:
+                self._spaces = Spaces(tuple(seen.shape), int(acts.shape[0]), "gaussian")
+            else:
+                raise ConfigError(f"tasks: actions must be vectors or one of several; the environment takes {acts}")
+            env.close()
+        return self._spaces
