@@ -72,7 +72,7 @@ def test_rollouts_hold_what_happened(points: Navigation) -> None:
         assert torch.allclose(
             data.output_ETP[:, t], problem.loss.predict(params, data.observation_ETO[:, t]), atol=1e-6
         )
-        position = position + np.clip(data.action_ETA[:, t].numpy(), -0.1, 0.1)
+        position = position + 0.1 * np.clip(data.action_ETA[:, t].numpy(), -1, 1)
         total -= np.linalg.norm(position - task.goal, axis=1)
     assert relative_error(data.score_EM[:, 0], total) < 1e-5
     assert float(data.advantage_ET.mean()) == pytest.approx(0, abs=1e-6)

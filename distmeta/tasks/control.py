@@ -238,19 +238,12 @@ class GymCopies:
     """E copies of a gymnasium environment, stepped one after the other; actions are clipped to what it takes.
 
     Args:
+        tasks: Who sets goals and judges steps.
         copies: The environments.
-        apply: Sets the goal of a copy, before it is reset.
-        judge: From a copy, the goal, and what its step gave (observation, reward, info) to the reward and the success.
     """
 
-    def __init__(
-        self,
-        copies: Sequence[Any],
-        apply: Callable[[Any, Any], None],
-        judge: Callable[[Any, Any, float, dict[str, Any]], tuple[float, float]],
-    ) -> None:
-        self.copies = copies
-        self.apply, self.judge = apply, judge
+    def __init__(self, tasks: GymControl, copies: Sequence[Any]) -> None:
+        self.tasks, self.copies = tasks, copies
         space = copies[0].action_space
         self._low, self._high = getattr(space, "low", None), getattr(space, "high", None)
 
@@ -259,7 +252,7 @@ class GymCopies:
         self._goal = goal
         first = []
         for env, seed in zip(self.copies, seeds, strict=True):
-            self.apply(env, goal)
+            self.tasks.apply(env, goal)
             first.append(env.reset(seed=seed)[0])
         self._last = np.stack(first)
         self._over = np.zeros(len(self.copies), bool)
@@ -268,12 +261,12 @@ class GymCopies:
     def step(self, action_EA: NDArray[Any]) -> Outcome:
         """See `Simulator.step`."""
         observation, reward, success = self._last.copy(), np.zeros(len(self.copies)), np.zeros(len(self.copies))
+        taken = action_EA[:, 0].tolist() if self._low is None else np.clip(action_EA, self._low, self._high)
         for e, env in enumerate(self.copies):
             if self._over[e]:
                 continue
-            action = int(action_EA[e, 0]) if self._low is None else np.clip(action_EA[e], self._low, self._high)
-            observation[e], given, terminated, truncated, info = env.step(action)
-            reward[e], success[e] = self.judge(env, self._goal, float(given), info)
+            observation[e], given, terminated, truncated, info = env.step(taken[e])
+            reward[e], success[e] = self.tasks.judge(env, self._goal, float(given), info)
             self._over[e] = terminated or truncated
         self._last = observation
         return Outcome(observation, reward, self._over.copy(), success)
@@ -311,7 +304,7 @@ class GymControl(Control):
         name = self.name(goal)
         made = self._made.setdefault(name, [])
         made += [self.make(name) for _ in range(episodes - len(made))]
-        return GymCopies(made[:episodes], self.apply, self.judge)
+        return GymCopies(self, made[:episodes])
 
     def first_name(self) -> str:
         """The name of one of the environments: all of them have the same observations and actions."""

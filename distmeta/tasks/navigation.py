@@ -20,9 +20,9 @@ _GOALS, _FASTEST, _NEAR = 0.5, 0.1, 0.01
 class Navigation(Control):
     """A point moves from the origin to a goal that it is not told, drawn uniformly from [-0.5, 0.5]².
 
-    The observation is its position, the action its velocity, clipped to [-0.1, 0.1] in each direction. The reward is
-    the negative distance to the goal, which is what the paper's code computes (the paper writes the squared distance)
-    and what its curves show. An episode ends within 0.01 of the goal in both directions, or after 100 steps.
+    The observation is its position, the action its velocity in units of 0.1, clipped to [-1, 1] in each direction. The
+    reward is the negative distance to the goal, which is what the paper's code computes (the paper writes the squared
+    distance) and what its curves show. An episode ends within 0.01 of the goal in both directions, or after 100 steps.
 
     The three splits are the same distribution: their goals differ because their random streams do.
     """
@@ -62,7 +62,7 @@ class Points:
 
     def step(self, action_EA: NDArray[Any]) -> Outcome:
         """Moves the points."""
-        self.at = self.at + np.clip(action_EA, -_FASTEST, _FASTEST)
+        self.at = self.at + _FASTEST * np.clip(action_EA, -1, 1)
         away = self.at - self.goal
         near = (np.abs(away) < _NEAR).all(1)
         return Outcome(self.at, -np.linalg.norm(away, axis=1), near, np.zeros(self.points))
