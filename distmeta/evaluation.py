@@ -31,7 +31,7 @@ def evaluate_tasks(
     """Adapts to ``tasks`` tasks of ``split`` and judges each by its query set.
 
     Returns:
-        ``metric``, the name of the metric that counts (``accuracy`` if the loss gives one, else ``loss``); ``before``
+        ``metric``, the name of the metric that counts (see `distmeta.core.types.TaskSpec.metric`); ``before``
         and ``after`` adaptation, its mean and interval; ``by_inner_step``, for each metric the list of them; and, for
         classifiers that normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
         (``transductive`` then says that the other figures are not of that kind).
@@ -46,7 +46,7 @@ def evaluate_tasks(
         )  # fmt: skip
     inductive = metrics.pop("accuracy_inductive", None)
     curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items()}
-    metric = "accuracy" if "accuracy" in curves else "loss"
+    metric = problem.metric or ("accuracy" if "accuracy" in curves else "loss")
     evaluation: Evaluation = {
         "split": split,
         "tasks": tasks,
@@ -87,7 +87,7 @@ def better(evaluation: Evaluation, than: float | None) -> bool:
         return False
     if than is None:
         return True
-    return value > than if evaluation["metric"] == "accuracy" else value < than
+    return value < than if evaluation["metric"] == "loss" else value > than
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -106,6 +106,10 @@ def describe(evaluation: Evaluation) -> str:
 
 def show(metric: str, value: dict[str, float]) -> str:
     """A mean and its interval for people: accuracies in percent."""
-    if metric == "accuracy":
-        return f"{100 * value['mean']:.2f}% ± {100 * value['ci95']:.2f}"
-    return f"{value['mean']:.4f} ± {value['ci95']:.4f}"
+    interval = f"{100 * value['ci95']:.2f}" if metric == "accuracy" else f"{value['ci95']:.4f}"
+    return f"{show_value(metric, value['mean'])} ± {interval}"
+
+
+def show_value(metric: str, value: float) -> str:
+    """One figure for people."""
+    return f"{100 * value:.2f}%" if metric == "accuracy" else f"{value:.4f}"

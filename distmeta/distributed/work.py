@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +23,17 @@ from distmeta.core.gradients import function_transforms
 from distmeta.core.loss import ModuleLoss, uses_batch_statistics
 from distmeta.core.params import Layout, join, split
 from distmeta.core.seeds import stream, torch_seed
-from distmeta.core.types import Batch, Episode, MetaGradient, MetaParams, Params, Split, Task, TaskDistribution
+from distmeta.core.types import (
+    Batch,
+    Episode,
+    Judge,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Split,
+    Task,
+    TaskDistribution,
+)
 from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError, one_line
 
 Work = Literal["meta_gradient", "evaluate", "nearest_neighbour"]
@@ -111,6 +122,9 @@ class Problem:
     strategy: Strategy = "loop"
     threads: int = 1
     device: str = "cpu"
+    judge: Judge | None = None
+    metric: str | None = None
+    """See `distmeta.core.types.TaskSpec`."""
 
     def check_device(self) -> None:
         """Raises `ResourceError` unless this process has the device that the problem is to be computed on."""
@@ -231,8 +245,13 @@ class Problem:
         params: Params = {}
         for params, *_ in self.algorithm.trajectory(meta, task, self.loss):
             with torch.no_grad():
-                value, metrics = self.loss(params, task.query(params))
-            rows.append({name: m.cpu().double().numpy() for name, m in (metrics | {"loss": value}).items()})
+                query = task.query(params)
+                value, metrics = self.loss(params, query)
+                row = {name: m.cpu().double().numpy() for name, m in (metrics | {"loss": value}).items()}
+                if self.judge is not None:
+                    judged = self.judge(partial(self.loss.predict, params), query)
+                    row |= {name: np.asarray(number, np.float64) for name, number in judged.items()}
+            rows.append(row)
         result = stack_metrics(rows)
         if inductive and "accuracy" in result and uses_batch_statistics(self.loss.module):
             result["accuracy_inductive"] = np.asarray(self._inductive_accuracy(params, task))

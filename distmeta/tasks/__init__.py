@@ -10,10 +10,13 @@ from distmeta.tasks.cifar import CifarFS
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
+from distmeta.tasks.text import Clinc150, OwnText
 
 TASKS: dict[str, Callable[..., Any]] = {
     "cifar_fs": CifarFS,
+    "clinc150": Clinc150,
     "glyphs": Glyphs,
     "omniglot": Omniglot,
     "sinusoid": Sinusoid,
+    "text": OwnText,
 }

@@ -1,7 +1,7 @@
 """Small reference networks of the papers.
 
-A model that a configuration can name is a class taking ``input_shape`` and ``outputs`` (see
-`distmeta.core.types.TaskSpec`) and settings of its own.
+A model that a configuration can name is a class taking ``input_shape`` and ``outputs`` (and ``vocabulary``, if it is
+for texts; see `distmeta.core.types.TaskSpec`) and settings of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.errors import ConfigError, at_least
+from distmeta.models.pretrained import PretrainedEncoder
+from distmeta.models.text import TextCNN, TextTransformer
 
 
 class Conv4(nn.Module):
@@ -89,5 +91,11 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-MODELS: dict[str, type[nn.Module]] = {"conv4": Conv4, "mlp": MLP}
-"""The models that a configuration can name."""
+MODELS: dict[str, type[nn.Module]] = {
+    "conv4": Conv4,
+    "hf:": PretrainedEncoder,
+    "mlp": MLP,
+    "text-cnn": TextCNN,
+    "text-transformer": TextTransformer,
+}
+"""The models that a configuration can name; ``hf:`` stands before the name of a pretrained one."""
