@@ -1,7 +1,18 @@
 """distmeta: distributed gradient-based meta-learning on Ray and PyTorch."""
 
 from distmeta.adaptation import Adapted, adapt, evaluate
-from distmeta.algorithms import IMAML, MAML, R2D2, MAMLpp, MetaAlgorithm, MetaCurvature, MetaSGD, ProtoMAML, Reptile
+from distmeta.algorithms import (
+    IMAML,
+    MAML,
+    R2D2,
+    Joint,
+    MAMLpp,
+    MetaAlgorithm,
+    MetaCurvature,
+    MetaSGD,
+    ProtoMAML,
+    Reptile,
+)
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError, Stopped
 from distmeta.runs import RunFolder
@@ -15,6 +26,7 @@ __all__ = [
     "Batch",
     "DistmetaError",
     "Episode",
+    "Joint",
     "MAMLpp",
     "MetaAlgorithm",
     "MetaCurvature",

@@ -121,6 +121,8 @@ def evaluate(
         row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
         table.add_row(str(step), *row)
     Console().print(table)
+    for name, ends in result.get("judged", {}).items():
+        print(f"{name} {show(name, ends['before'])} before adaptation, {show(name, ends['after'])} after")
     if "inductive" in result:
         print(f"inductive (no query example sees another): accuracy {show('accuracy', result['inductive'])}")
 

@@ -52,7 +52,7 @@ def learning_curve(runs: Sequence[History]) -> Figure | None:
     """Training and validation over outer steps, a panel for each metric; None without any metrics."""
     metrics = [
         metric
-        for metric in ("accuracy", "loss")
+        for metric in dict.fromkeys(["accuracy", *(line.metric for run in runs for line in run.validation), "loss"])
         if any(_series(run, kind, metric)[0].size for run in runs for kind in KINDS)
     ]
     if not metrics:
@@ -99,12 +99,12 @@ def _series(run: History, kind: str, metric: str) -> tuple[Floats, Floats, Float
     """Steps, means and half-widths of the 95% intervals of one curve of `learning_curve`; empty if there is none."""
     points: list[tuple[float, float, float]] = []
     if kind == "training":
-        values = [(line.step, line.accuracy if metric == "accuracy" else line.loss) for line in run.train]
+        values = [(line.step, {"accuracy": line.accuracy, "loss": line.loss}.get(metric)) for line in run.train]
         points = [(step, value, 0.0) for step, value in values if value is not None]
     else:
         for line in run.validation:
-            if metric in line.by_inner_step:
-                interval = line.by_inner_step[metric][-1 if kind == "after" else 0]
+            if known := line.points(metric):
+                _, interval = known[-1 if kind == "after" else 0]
                 points.append((line.step, interval.mean, interval.ci95))
     steps, mean, ci95 = np.array(points, float).reshape(-1, 3).T
     return steps, mean, ci95
@@ -198,13 +198,13 @@ def _sample(run: History, scores: Scores) -> str:
 
 def _inner_curve(panel: Axes, scores: Scores, metric: str, base: str, colour: str) -> int:
     """Draws a metric by inner step; returns the number of steps."""
-    curve = scores.by_inner_step.get(metric, [])
-    mean, ci95 = (np.array([getattr(point, part) for point in curve]) for part in ("mean", "ci95"))
-    place = np.arange(len(curve))
+    points = scores.points(metric)
+    mean, ci95 = (np.array([getattr(point, part) for _, point in points]) for part in ("mean", "ci95"))
+    place = np.array([step for step, _ in points])
     _band(panel, place, mean, ci95, colour)
-    marker = "o" if len(curve) <= 21 else ""  # more of them would run into a thick line
+    marker = "o" if len(points) <= 21 else ""  # more of them would run into a thick line
     panel.plot(place, mean, color=colour, marker=marker, markersize=4, **BASES[base])
-    return len(curve) - 1
+    return max(place.tolist(), default=0)
 
 
 def _inner_axis(panel: Axes, most: int) -> None:

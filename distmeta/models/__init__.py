@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distmeta.errors import ConfigError, at_least
 from distmeta.models.pretrained import PretrainedEncoder
 from distmeta.models.text import TextCNN, TextTransformer
+from distmeta.models.translation import Seq2Seq
 
 
 class Conv4(nn.Module):
@@ -95,6 +96,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "conv4": Conv4,
     "hf:": PretrainedEncoder,
     "mlp": MLP,
+    "seq2seq": Seq2Seq,
     "text-cnn": TextCNN,
     "text-transformer": TextTransformer,
 }

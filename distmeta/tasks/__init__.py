@@ -11,12 +11,15 @@ from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
 from distmeta.tasks.text import Clinc150, OwnText
+from distmeta.tasks.translation import CLDRNames, ParallelText
 
 TASKS: dict[str, Callable[..., Any]] = {
     "cifar_fs": CifarFS,
+    "cldr": CLDRNames,
     "clinc150": Clinc150,
     "glyphs": Glyphs,
     "omniglot": Omniglot,
+    "parallel": ParallelText,
     "sinusoid": Sinusoid,
     "text": OwnText,
 }

@@ -93,11 +93,9 @@ class FewShotText(FewShotClasses):
         lists = self.tokens([text for name in names for text in by_class[name]], self.length + 1)
         cut = sum(len(tokens) > self.length for tokens in lists)
         if empty:
-            log.warning("%d texts are empty and left out, the first: %s", len(empty), empty[0])
+            log.warning("%s empty and left out%s", *_told(empty, "text is", "texts are"))
         if twice:
-            log.warning(
-                "%d texts stand more than once in a class and are taken once, the first: %s", len(twice), twice[0]
-            )
+            log.warning("%s more than once in a class and taken once%s", *_told(twice, "text stands", "texts stand"))
         if cut:
             lists = self.tokens([text for name in names for text in by_class[name]], self.length)
             log.warning("%d of %d texts are longer than tasks.length = %d tokens and cut", cut, len(lists), self.length)
@@ -120,9 +118,8 @@ class FewShotText(FewShotClasses):
                         found.append(f"{self.dataset.names[group]} ({split}) and {self.dataset.names[other]}")
         if found:
             log.warning(
-                "%d texts stand in classes of two splits, so that unseen classes are not wholly unseen; the first: %s",
-                len(found),
-                found[0],
+                "%s in classes of two splits, so that unseen classes are not wholly unseen%s",
+                *_told(found, "text stands", "texts stand"),
             )
         return members
 
@@ -301,6 +298,13 @@ def _group(read: Iterable[Text]) -> tuple[dict[str, list[str]], list[str], list[
             seen.add((label, plain))
             by_class[label].append(text)
     return dict(by_class), empty, twice
+
+
+def _told(places: Sequence[str], one: str, more: str) -> tuple[str, str]:
+    """How many there are, and where (the first of them)."""
+    return (
+        (f"1 {one}", f": {places[0]}") if len(places) == 1 else (f"{len(places)} {more}", f", the first: {places[0]}")
+    )
 
 
 def _not_empty(text: Text) -> Text:
