@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from distmeta.core.policy import PolicyLoss
-from distmeta.policies import MLPPolicy
+from distmeta.models.policy import MLPPolicy
 from distmeta.tasks.control import ControlTask
 from distmeta.tasks.metaworld import MetaWorld
 

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,8 +22,7 @@ from distmeta.evaluation import Evaluation, evaluate_tasks
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
 from distmeta.outer import check_constants, check_same
 from distmeta.runs import RunFolder, storage_errors
-from distmeta.tasks.images import FewShotImages
-from distmeta.tasks.pictures import folder_of_classes, folder_of_images
+from distmeta.tasks.own import Predictions, ReadsOwnTasks
 from distmeta.training import executor_of
 
 
@@ -145,19 +143,16 @@ def evaluate(
         return evaluate_tasks(executor, problem, vector, "test", count, config.evaluation.shard_size)
 
 
-def adapt_folder(run: RunFolder, support: Path, query: Path, out: Path, *, checkpoint: str = "best") -> dict[str, Any]:
-    """Adapts to a user's own images and classifies others.
+def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkpoint: str = "best") -> Predictions:
+    """Adapts to a user's own task, read from files, and predicts.
 
     Args:
-        run: A run on images.
-        support: A folder with one folder of images for each class.
-        query: A folder of images, or of one folder for each class, whose names are then the truth.
-        out: A new folder for ``predictions.csv`` (for each image the class, its probability and that of every class),
-            ``adapted.safetensors`` (the adapted weights) and ``classes.json`` (the class of each output).
+        run: A run on tasks that can be read from files (images, texts, pairs of sentences).
+        support: What is adapted to; the tasks say in which form (see their ``own_task``).
+        query: What is asked for, with or without the truth.
+        out: A new folder for ``predictions.csv``, ``adapted.safetensors`` (the adapted weights) and, for classes,
+            ``classes.json`` (the class of each output).
         checkpoint: ``best`` by validation, ``last``, or a step.
-
-    Returns:
-        ``classes``, ``predictions`` (rows of the file) and, where the truth is known, ``accuracy``.
 
     Raises:
         DistmetaError: See `distmeta.errors`.
@@ -166,36 +161,23 @@ def adapt_folder(run: RunFolder, support: Path, query: Path, out: Path, *, check
         raise RunError(f"{out} exists already; choose another folder with --out")
     experiment = assemble(run.config(), prepare=False)
     tasks = experiment.problem.tasks
-    if not isinstance(tasks, FewShotImages):
+    if not isinstance(tasks, ReadsOwnTasks):
         raise ConfigError(
-            f"{run.path} was trained on {experiment.config.tasks.use}, not on images; use distmeta.adapt in Python"
+            f"{run.path} was trained on {experiment.config.tasks.use}, which reads no tasks from files; use "
+            "distmeta.adapt in Python"
         )
-    names, x, y = folder_of_classes(support, tasks.read_image)
-    if len(names) > tasks.ways:
-        raise ConfigError(
-            f"{support} holds {len(names)} classes; this run tells {tasks.ways} apart: leave some out, or train with "
-            f"tasks.ways={len(names)}"
-        )
-    pictures = folder_of_images(query, tasks.read_image)
-    adapted = _adapt(experiment, restore(run, experiment, checkpoint), (x, y))
-    probability = adapted.predict(pictures.x)[:, : len(names)].softmax(-1)
-    best = probability.argmax(-1).tolist()
-    rows = [
-        [str(path.relative_to(query)), names[k], f"{row[k]:.6f}", *(f"{p:.6f}" for p in row.tolist())]
-        for path, k, row in zip(pictures.paths, best, probability, strict=True)
-    ]
+    own = tasks.own_task(support, query)
+    adapted = _adapt(experiment, restore(run, experiment, checkpoint), own.support)
+    predictions = own.predictions(adapted.predict)
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["file", "class", "probability", *(f"p({name})" for name in names)])
-    writer.writerows(rows)
+    writer.writerow(predictions.columns)
+    writer.writerows(predictions.rows)
     params = {name: tensor.detach() for name, tensor in adapted.module.named_parameters()}
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         storage.write_durably(out / "predictions.csv", text.getvalue().encode())
-        storage.write_durably(out / "classes.json", json.dumps(names).encode())
         storage.write_durably(out / "adapted.safetensors", safetensors.torch.save(params))
-    result: dict[str, Any] = {"classes": names, "predictions": rows}
-    if pictures.labels is not None:
-        right = [names[k] == label for k, label in zip(best, pictures.labels, strict=True)]
-        result["accuracy"] = sum(right) / len(right)
-    return result
+        if own.classes:
+            storage.write_durably(out / "classes.json", json.dumps(own.classes, ensure_ascii=False).encode())
+    return predictions

@@ -121,6 +121,8 @@ def evaluate(
         row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
         table.add_row(str(step), *row)
     Console().print(table)
+    for name, ends in result.get("judged", {}).items():
+        print(f"{name} {show(name, ends['before'])} before adaptation, {show(name, ends['after'])} after")
     if "inductive" in result:
         print(f"inductive (no query example sees another): accuracy {show('accuracy', result['inductive'])}")
 
@@ -128,28 +130,36 @@ def evaluate(
 @command
 def adapt(
     run: Run,
-    support: Annotated[Path, typer.Option(help="Folder with one folder of images for each class.")],
-    query: Annotated[Path, typer.Option(help="Folder of images to classify.")],
+    support: Annotated[
+        Path,
+        typer.Option(
+            help="What to adapt to: a folder with one folder of images for each class; a CSV or JSONL file of texts "
+            "and labels; a TSV file of pairs of sentences."
+        ),
+    ],
+    query: Annotated[Path, typer.Option(help="What to predict: a folder of images; a file of texts or sentences.")],
     out: Annotated[Path, typer.Option(help="New folder for predictions and adapted weights.")] = Path("adapted"),
     checkpoint: Which = "best",
 ) -> None:
-    """Adapts a trained run to your own classes from a few images of each, and classifies others."""
+    """Adapts a trained run to your own task from a few examples, and predicts for others."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from distmeta.adaptation import adapt_folder
+    from distmeta.adaptation import adapt_files
+    from distmeta.evaluation import show_value
     from distmeta.runs import RunFolder
 
-    result = adapt_folder(RunFolder.open(run), support, query, out, checkpoint=checkpoint)
-    table = Table("file", "class", "probability")
-    for file, name, probability, *_ in result["predictions"][:20]:
-        table.add_row(file, name, f"{float(probability):.3f}")
+    predictions = adapt_files(RunFolder.open(run), support, query, out, checkpoint=checkpoint)
+    table = Table(*predictions.columns[:3])
+    for row in predictions.rows[:20]:
+        table.add_row(*(escape(cell) for cell in row[:3]))
     Console().print(table)
-    if len(result["predictions"]) > 20:
-        print(f"… and {len(result['predictions']) - 20} more")
-    if "accuracy" in result:
-        print(f"accuracy {100 * result['accuracy']:.1f}% of {len(result['predictions'])} by the folders' names")
-    print(f"written to {out}: predictions.csv, adapted.safetensors, classes.json")
+    if len(predictions.rows) > 20:
+        print(f"… and {len(predictions.rows) - 20} more")
+    for name, value in predictions.scores.items():
+        print(f"{name} {show_value(name, value)} of {len(predictions.rows)} whose truth is given")
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 @command
@@ -206,7 +216,7 @@ def data(
     """Downloads a data set, or checks the one that is there."""
     from distmeta.components import build, find
     from distmeta.tasks import TASKS
-    from distmeta.tasks.images import FewShotImages
+    from distmeta.tasks.datasets import DataTasks
 
     if name is None:
         for known, kind in TASKS.items():
@@ -214,7 +224,7 @@ def data(
         return
     tasks = build("tasks", find("data", name, TASKS), {}, data_root=None if root is None else str(root))
     tasks.prepare()
-    about = f": {tasks.describe()}" if isinstance(tasks, FewShotImages) else "; it needs no data"
+    about = f": {tasks.describe()}" if isinstance(tasks, DataTasks) else "; it needs no data"
     print(f"{name} is complete{about}")
 
 

@@ -7,6 +7,7 @@ signature is the schema: types are checked against its annotations, unknown opti
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -36,11 +37,16 @@ class Component(BaseModel):
 def find(section: str, name: str, registry: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The class or function called ``name``: one of ``registry``, or one imported by ``package.module:Name``.
 
+    What the registry knows as ``kind:`` is called with what stands behind the colon, as in ``hf:PATH``.
+
     Raises:
         ConfigError: There is none of that name; the message gives the nearest known one.
     """
     if name in registry:
         return registry[name]
+    kind, _, source = name.partition(":")
+    if f"{kind}:" in registry:
+        return functools.partial(registry[f"{kind}:"], source)
     if ":" not in name:
         raise ConfigError(
             f"{section}: {name!r} is not known{nearest(name, registry)}; known are {', '.join(sorted(registry))}, "
@@ -58,8 +64,11 @@ def find(section: str, name: str, registry: Mapping[str, Callable[..., Any]]) ->
 def schema(target: Callable[..., Any], given: Iterable[str] = ()) -> type[BaseModel]:
     """The options of ``target`` as a pydantic model, without the arguments ``given`` that the program supplies."""
     parameters = inspect.signature(target).parameters.values()
+    bound = target
+    if isinstance(bound, functools.partial):
+        bound = bound.func
     # A dataclass's fields are annotated in the modules of the classes that they come from.
-    scope = target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
+    scope = bound if is_dataclass(bound) or not inspect.isclass(bound) else bound.__init__
     try:
         hints = get_type_hints(scope, include_extras=True)
     except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read
@@ -105,7 +114,7 @@ def build(section: str, target: Callable[..., Any], options: Mapping[str, Any], 
     except DistmetaError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        name = getattr(target, "__name__", target)
+        name = getattr(target, "__name__", section)
         raise ConfigError(f"{section}: {name} refused its options: {one_line(error)}") from error
 
 

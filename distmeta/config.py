@@ -144,7 +144,9 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="names all random streams of the run")
     tasks: Component = Field(Component(use="glyphs"), description="distribution over tasks")
     model: Component = Field(Component(use="conv4"), description="the network")
-    loss: str | None = Field(None, description="cross_entropy, mse or package.module:Name; null: the tasks' own")
+    loss: str | None = Field(
+        None, description="cross_entropy, mse, token_cross_entropy or package.module:Name; null: the tasks' own"
+    )
     algorithm: Component = Field(Component(use="maml"), description="the meta-learning algorithm")
     outer: Outer = Outer()  # pyright: ignore[reportCallIssue]
     train: Train = Train()  # pyright: ignore[reportCallIssue]

@@ -11,15 +11,12 @@ import numpy as np
 from distmeta.core.loss import uses_batch_statistics
 from distmeta.core.types import Episode, Split
 from distmeta.distributed.executor import Executor
-from distmeta.distributed.work import Problem, ShardResult, shards_of
+from distmeta.distributed.work import JUDGED, Problem, ShardResult, shards_of
 
 log = logging.getLogger("distmeta")
 
 SHARES = ("accuracy", "success")
-"""Metrics that are shares of 1, shown in percent."""
-
-GREATER_IS_BETTER = ("accuracy", "success", "return")
-"""Metrics that count where there are such, the first before the others; else the loss does, and less is better."""
+"""Metrics that are shares of 1, for people in percent."""
 
 Evaluation = dict[str, Any]
 """Plain data, as it is written to ``summary.json`` (see `evaluate_tasks`)."""
@@ -37,9 +34,10 @@ def evaluate_tasks(
     """Adapts to ``tasks`` tasks of ``split`` and judges each by its query set.
 
     Returns:
-        ``metric``, the name of the metric that counts (the first of `GREATER_IS_BETTER`, else ``loss``); ``before``
-        and ``after`` adaptation, its mean and interval; ``by_inner_step``, for each metric the list of them; and, for
-        classifiers that normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
+        ``metric``, the name of the metric that counts (see `distmeta.core.types.TaskSpec.metric`); ``before`` and
+        ``after`` adaptation, its mean and interval; ``by_inner_step``, for each metric the list of them; where the
+        tasks have a judge, ``judged``: for each of its metrics ``before`` and ``after``; and, for classifiers that
+        normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
         (``transductive`` then says that the other figures are not of that kind).
     """
     results = executor.map("evaluate", vector, shards_of(split, 0, tasks, shard_size))
@@ -52,16 +50,20 @@ def evaluate_tasks(
         )  # fmt: skip
     inductive = metrics.pop("accuracy_inductive", None)
     curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items()}
-    metric = next(name for name in (*GREATER_IS_BETTER, "loss") if name in curves)
+    judged = {name.removeprefix(JUDGED): curves.pop(name) for name in metrics if name.startswith(JUDGED)}
+    metric = problem.metric or ("accuracy" if "accuracy" in curves else "loss")
+    ends = judged.get(metric) or curves[metric]
     evaluation: Evaluation = {
         "split": split,
         "tasks": tasks,
         "metric": metric,
         "transductive": uses_batch_statistics(problem.loss.module),
-        "before": curves[metric][0],
-        "after": curves[metric][-1],
+        "before": ends[0],
+        "after": ends[-1],
         "by_inner_step": curves,
     }
+    if judged:
+        evaluation["judged"] = {name: {"before": first, "after": last} for name, (first, last) in judged.items()}
     if inductive is not None:
         evaluation["inductive"] = mean_ci(inductive)
     return evaluation
@@ -93,14 +95,20 @@ def better(evaluation: Evaluation, than: float | None) -> bool:
         return False
     if than is None:
         return True
-    return value > than if evaluation["metric"] in GREATER_IS_BETTER else value < than
+    return value < than if evaluation["metric"] == "loss" else value > than
+
+
+def finals(evaluation: Evaluation) -> dict[str, float]:
+    """The mean of each metric after adaptation."""
+    means = {name: curve[-1]["mean"] for name, curve in evaluation["by_inner_step"].items()}
+    return means | {name: ends["after"]["mean"] for name, ends in evaluation.get("judged", {}).items()}
 
 
 def describe(evaluation: Evaluation) -> str:
     """One line for people."""
 
     metric = evaluation["metric"]
-    steps = len(evaluation["by_inner_step"][metric]) - 1
+    steps = len(evaluation["by_inner_step"]["loss"]) - 1
     line = f"{metric} {show(metric, evaluation['before'])} before, {show(metric, evaluation['after'])} after "
     line += f"{steps} inner step{'s' if steps != 1 else ''}"
     if evaluation["transductive"]:
@@ -111,7 +119,11 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def show(metric: str, value: dict[str, float]) -> str:
-    """A mean and its interval for people: shares in percent."""
-    if metric in SHARES:
-        return f"{100 * value['mean']:.2f}% ± {100 * value['ci95']:.2f}"
-    return f"{value['mean']:.4f} ± {value['ci95']:.4f}"
+    """A mean and its interval for people: shares of 1 in percent."""
+    interval = f"{100 * value['ci95']:.2f}" if metric in SHARES else f"{value['ci95']:.4f}"
+    return f"{show_value(metric, value['mean'])} ± {interval}"
+
+
+def show_value(metric: str, value: float) -> str:
+    """One figure for people."""
+    return f"{100 * value:.2f}%" if metric in SHARES else f"{value:.4f}"

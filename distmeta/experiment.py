@@ -25,7 +25,11 @@ from distmeta.models import MODELS
 from distmeta.tasks import TASKS
 
 _OBJECT = "python:"  # marks a part that was given as a Python object and cannot be built from the configuration
-_SUPPLIED = {"tasks": ("data_root",), "model": ("input_shape", "outputs", "categorical"), "algorithm": ()}
+_SUPPLIED = {
+    "tasks": ("data_root",),
+    "model": ("input_shape", "outputs", "vocabulary", "categorical"),
+    "algorithm": (),
+}
 REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {"tasks": TASKS, "model": MODELS, "algorithm": ALGORITHMS}
 
 
@@ -99,6 +103,8 @@ def assemble(
         strategy=config.train.strategy,
         threads=config.scaling.threads_per_worker,
         device="cuda" if config.scaling.use_gpu else "cpu",
+        judge=None if spec is None else spec.judge,
+        metric=None if spec is None else spec.metric,
     )
     return Experiment(config, problem, initial)
 
@@ -123,9 +129,10 @@ def _is_plain(value: object) -> bool:
 
 
 def _model(config: Config, spec: TaskSpec | None) -> nn.Module:
-    given: dict[str, Any] = {} if spec is None else {"input_shape": spec.input_shape, "outputs": spec.outputs}
-    if spec is not None and isinstance(spec.loss, ActionSpec):
-        given["categorical"] = spec.loss.kind == "categorical"
+    given: dict[str, Any] = {}
+    if spec is not None:
+        given = {"input_shape": spec.input_shape, "outputs": spec.outputs, "vocabulary": spec.vocabulary}
+        given["categorical"] = isinstance(spec.loss, ActionSpec) and spec.loss.kind == "categorical"
     if spec is None and config.model.use in MODELS:
         raise ConfigError(
             f"model {config.model.use} must know the tasks' input shape and outputs: give the task distribution a "

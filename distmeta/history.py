@@ -22,6 +22,13 @@ class Interval(BaseModel):
     ci95: float
 
 
+class Ends(BaseModel):
+    """A metric before and after adaptation."""
+
+    before: Interval
+    after: Interval
+
+
 class Scores(BaseModel):
     """An evaluation (see `distmeta.evaluation.evaluate_tasks`)."""
 
@@ -32,7 +39,15 @@ class Scores(BaseModel):
     before: Interval
     after: Interval
     by_inner_step: dict[str, Annotated[list[Interval], Field(min_length=1)]]
+    judged: dict[str, Ends] = {}
     inductive: Interval | None = None
+
+    def points(self, metric: str) -> list[tuple[int, Interval]]:
+        """Where the metric is known: the inner steps and its mean and interval there."""
+        if metric in self.judged:
+            ends = self.judged[metric]
+            return [(0, ends.before), (len(self.by_inner_step["loss"]) - 1, ends.after)]
+        return list(enumerate(self.by_inner_step.get(metric, [])))
 
 
 class TrainLine(BaseModel):

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from distmeta.evaluation import GREATER_IS_BETTER, SHARES
+from distmeta.evaluation import SHARES
 from distmeta.history import History, Scores
 
 Floats = NDArray[np.floating[Any]]
@@ -58,7 +58,7 @@ def learning_curve(runs: Sequence[History]) -> Figure | None:
     """Training and validation over outer steps, a panel for each metric; None without any metrics."""
     metrics = [
         metric
-        for metric in (*GREATER_IS_BETTER, "loss")
+        for metric in dict.fromkeys(["accuracy", *(x.metric for run in runs for x in run.validation), "return", "loss"])
         if any(_series(run, kind, metric)[0].size for run in runs for kind in KINDS)
     ]
     if "return" in metrics:
@@ -111,8 +111,8 @@ def _series(run: History, kind: str, metric: str) -> tuple[Floats, Floats, Float
         points = [(step, value, 0.0) for step, value in values if value is not None]
     else:
         for line in run.validation:
-            if metric in line.by_inner_step:
-                interval = line.by_inner_step[metric][-1 if kind == "after" else 0]
+            if known := line.points(metric):
+                _, interval = known[-1 if kind == "after" else 0]
                 points.append((line.step, interval.mean, interval.ci95))
     steps, mean, ci95 = np.array(points, float).reshape(-1, 3).T
     return steps, mean, ci95
@@ -206,13 +206,13 @@ def _sample(run: History, scores: Scores) -> str:
 
 def _inner_curve(panel: Axes, scores: Scores, metric: str, base: str, colour: str) -> int:
     """Draws a metric by inner step; returns the number of steps."""
-    curve = scores.by_inner_step.get(metric, [])
-    mean, ci95 = (np.array([getattr(point, part) for point in curve]) for part in ("mean", "ci95"))
-    place = np.arange(len(curve))
+    points = scores.points(metric)
+    mean, ci95 = (np.array([getattr(point, part) for _, point in points]) for part in ("mean", "ci95"))
+    place = np.array([step for step, _ in points])
     _band(panel, place, mean, ci95, colour)
-    marker = "o" if len(curve) <= 21 else ""  # more of them would run into a thick line
+    marker = "o" if len(points) <= 21 else ""  # more of them would run into a thick line
     panel.plot(place, mean, color=colour, marker=marker, markersize=4, **BASES[base])
-    return len(curve) - 1
+    return max(place.tolist(), default=0)
 
 
 def _inner_axis(panel: Axes, most: int) -> None:

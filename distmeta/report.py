@@ -9,7 +9,7 @@ from typing import Literal
 
 from distmeta import episode, history, paths, pictures
 from distmeta.errors import DistmetaError
-from distmeta.evaluation import GREATER_IS_BETTER, SHARES, show
+from distmeta.evaluation import show, show_value
 from distmeta.experiment import Experiment, assemble
 from distmeta.history import History, Interval, Scores
 from distmeta.metrics import MetricsLog
@@ -84,12 +84,8 @@ def status(run: RunFolder) -> str:
     lines = [f"{past.name}: {past.step:,} of {steps:,} outer steps, {state}"]
     if last is not None:
         age = max(0.0, time.time() - run.metrics.stat().st_mtime)
-        values = {metric: last.value(metric) for metric in (*GREATER_IS_BETTER, "loss")}
-        shown = ", ".join(
-            f"{metric} {100 * value:.2f}%" if metric in SHARES else f"{metric} {value:.4f}"
-            for metric, value in values.items()
-            if value is not None
-        )
+        values = {metric: last.value(metric) for metric in ("accuracy", "success", "return", "loss")}
+        shown = ", ".join(f"{name} {show_value(name, value)}" for name, value in values.items() if value is not None)
         lines.append(
             f"training    {shown}, {last.tasks_per_second:.1f} tasks/s, {last.retries} shards redone, {age:.0f} s ago"
         )

@@ -63,6 +63,12 @@ def cifar_source() -> Path:
 
 
 @pytest.fixture(scope="session")
+def clinc_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the real CLINC150."""
+    return _unpacked("clinc150", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def omniglot_lists() -> Path:
     """The folder of the published lists of the split of Vinyals et al."""
     return _real_data() / "omniglot" / "splits"

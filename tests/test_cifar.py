@@ -16,27 +16,27 @@ from distmeta.core.seeds import stream
 from distmeta.errors import DataError
 from distmeta.tasks import cifar
 from distmeta.tasks.cifar import CifarFS
-from distmeta.tasks.images import SPLITS, ImageSet
+from distmeta.tasks.datasets import SPLITS, ExampleSet
 
 
 @pytest.fixture(scope="module")
-def images(cifar_root: Path) -> ImageSet:
-    return CifarFS(data_root=str(cifar_root)).images
+def images(cifar_root: Path) -> ExampleSet:
+    return CifarFS(data_root=str(cifar_root)).dataset
 
 
-def test_whole_set(images: ImageSet, cifar_source: Path) -> None:
-    assert images.pixels.shape == (60000, 32, 32, 3) and images.pixels.dtype == np.uint8
+def test_whole_set(images: ExampleSet, cifar_source: Path) -> None:
+    assert images.examples.shape == (60000, 32, 32, 3) and images.examples.dtype == np.uint8
     assert images.names[:2] == ("apple", "aquarium_fish") and set(images.counts.tolist()) == {600}
     # The mosaics that the data come as are another way to the same pixels: class 1, its first training image.
     mosaic = np.asarray(Image.open(cifar_source / "images" / "01_aquarium_fish.webp").convert("RGB"))
-    assert np.array_equal(images.pixels[600], mosaic[:32, :32])
-    assert np.array_equal(images.pixels[600 + 26], mosaic[32:64, 32:64])
+    assert np.array_equal(images.examples[600], mosaic[:32, :32])
+    assert np.array_equal(images.examples[600 + 26], mosaic[32:64, 32:64])
 
 
-def test_split_is_the_published_one(images: ImageSet, cifar_source: Path) -> None:
+def test_split_is_the_published_one(images: ExampleSet, cifar_source: Path) -> None:
     published = json.loads((cifar_source / "splits" / "cifar_fs.json").read_text())
     for split in SPLITS:
-        found = {images.names[place] for place in CifarFS().split_classes(images.names, split)}
+        found = {images.names[place] for place in CifarFS().split_groups(images.names, split)}
         assert found == set(published[split])
     assert [len(published[split]) for split in SPLITS] == [64, 16, 20]
 
@@ -48,14 +48,14 @@ def test_episode(cifar_root: Path) -> None:
     assert sorted(y.tolist()) == [0, 1, 2, 3, 4] and query_y.bincount().tolist() == [15] * 5
 
 
-def test_the_archive_gives_the_same(cifar_root: Path, images: ImageSet, tmp_path: Path) -> None:
+def test_the_archive_gives_the_same(cifar_root: Path, images: ExampleSet, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz", compresslevel=1) as tar:
         tar.add(cifar_root / "cifar-100-binary", "cifar-100-binary")
         outside = tarfile.TarInfo("../outside")
         outside.size = 3
         tar.addfile(outside, io.BytesIO(b"bad"))
     found = CifarFS(data_root=str(tmp_path)).build()
-    assert found.names == images.names and np.array_equal(found.pixels, images.pixels)
+    assert found.names == images.names and np.array_equal(found.examples, images.examples)
     assert {path.name for path in tmp_path.iterdir()} == {"cifar-100-binary.tar.gz"}, "nothing is unpacked"
 
 

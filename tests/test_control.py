@@ -22,7 +22,7 @@ from distmeta.core.policy import PolicyLoss, Rollouts
 from distmeta.distributed.executor import InProcess, MetaBatch, reduce_mean
 from distmeta.distributed.work import Problem, Shard, shards_of
 from distmeta.errors import ConfigError, DataError, WorkerError
-from distmeta.policies import MLPPolicy
+from distmeta.models.policy import MLPPolicy
 from distmeta.tasks.control import Outcome
 from distmeta.tasks.locomotion import Ant, Gym, HalfCheetahDirection, HalfCheetahVelocity
 from distmeta.tasks.metaworld import MetaWorld
@@ -395,7 +395,7 @@ def test_settings_that_cannot_be_are_refused(overrides: list[str], message: str,
 
 def test_multi_step_loss_is_for_supervised_tasks(points: Navigation) -> None:
     problem, theta = problem_with(points, MAMLpp(inner_lr=0.1, inner_steps=2, multi_step_until=10))
-    with pytest.raises(ConfigError, match="algorithm.multi_step_until judges every inner step by one query set"):
+    with pytest.raises(ConfigError, match="multi_step_until judges every inner step by one query set"):
         problem.run("meta_gradient", theta, Shard("train", 0, 0, 1))
 
 

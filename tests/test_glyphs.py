@@ -14,8 +14,8 @@ import pytest
 from distmeta.core.seeds import stream
 from distmeta.errors import DataError
 from distmeta.tasks import glyphs
+from distmeta.tasks.datasets import SPLITS
 from distmeta.tasks.glyphs import EXAMPLES, SCRIPTS, Glyphs
-from distmeta.tasks.images import SPLITS
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def tasks() -> Glyphs:
 
 
 def test_classes_and_splits(tasks: Glyphs) -> None:
-    names = tasks.images.names
+    names = tasks.dataset.names
     assert len(set(names)) == len(names) and len(names) > 1400
-    assert tasks.images.pixels.shape == (EXAMPLES * len(names), 28, 28)
-    scripts = {split: {names[place].split()[0] for place in tasks.split_classes(names, split)} for split in SPLITS}
-    sizes = {split: len(tasks.split_classes(names, split)) for split in SPLITS}
+    assert tasks.dataset.examples.shape == (EXAMPLES * len(names), 28, 28)
+    scripts = {split: {names[place].split()[0] for place in tasks.split_groups(names, split)} for split in SPLITS}
+    sizes = {split: len(tasks.split_groups(names, split)) for split in SPLITS}
     assert scripts == {"train": {"LATIN", "GREEK", "DIGIT"}, "val": {"CYRILLIC"}, "test": {"ARMENIAN", "GEORGIAN"}}
     assert sum(sizes.values()) == len(names) and sizes["train"] > 1000 and min(sizes.values()) > 140
 
@@ -48,15 +48,15 @@ def test_classes_and_splits(tasks: Glyphs) -> None:
 )
 def test_twins_of_latin_letters_are_no_classes(tasks: Glyphs, twin: str) -> None:
     assert unicodedata.lookup(twin)
-    assert twin not in tasks.images.names
-    assert {"LATIN CAPITAL LETTER A", "LATIN SMALL LETTER O", "CYRILLIC CAPITAL LETTER ZHE"} <= set(tasks.images.names)
+    assert twin not in tasks.dataset.names
+    assert {"LATIN CAPITAL LETTER A", "LATIN SMALL LETTER O", "CYRILLIC CAPITAL LETTER ZHE"} <= set(tasks.dataset.names)
 
 
 def test_splits_share_no_shapes(tasks: Glyphs) -> None:
     drawn = {
         name: shapes
         for name, shapes in ((unicodedata.name(character), shapes) for character, shapes in glyphs._draw_all().items())
-        if name in tasks.images.names
+        if name in tasks.dataset.names
     }
     same: Counter[tuple[str, str]] = Counter()
     for font in glyphs._FONTS:
@@ -71,7 +71,7 @@ def test_splits_share_no_shapes(tasks: Glyphs) -> None:
 
 
 def test_pictures_are_white_ink_inside_the_frame(tasks: Glyphs) -> None:
-    pixels = tasks.images.pixels
+    pixels = tasks.dataset.examples
     assert (pixels.reshape(len(pixels), -1).max(1) > 150).all(), "an example has hardly any ink"
     assert 0.05 < pixels.mean() / 255 < 0.25
     border = np.concatenate([pixels[:, [0, -1]].reshape(-1), pixels[:, :, [0, -1]].reshape(-1)])
@@ -79,14 +79,14 @@ def test_pictures_are_white_ink_inside_the_frame(tasks: Glyphs) -> None:
     # the examples of a class differ
     assert all(
         len({image.tobytes() for image in pixels[first : first + EXAMPLES]}) == EXAMPLES
-        for first in tasks.images.starts
+        for first in tasks.dataset.starts
     )
 
 
 def test_size_is_kept(tasks: Glyphs) -> None:
     def height(name: str) -> float:
-        first = tasks.images.starts[tasks.images.names.index(name)]
-        return (tasks.images.pixels[first : first + EXAMPLES].max(2) > 60).sum(1).mean()
+        first = tasks.dataset.starts[tasks.dataset.names.index(name)]
+        return (tasks.dataset.examples[first : first + EXAMPLES].max(2) > 60).sum(1).mean()
 
     assert height("LATIN SMALL LETTER O") < 0.85 * height("LATIN CAPITAL LETTER O")
 
@@ -95,7 +95,7 @@ def test_rendering_is_the_same_again_and_fast_enough(tasks: Glyphs) -> None:
     start = time.process_time()
     again = Glyphs().build()
     assert time.process_time() - start < 25
-    assert again.names == tasks.images.names and np.array_equal(again.pixels, tasks.images.pixels)
+    assert again.names == tasks.dataset.names and np.array_equal(again.examples, tasks.dataset.examples)
 
 
 @pytest.mark.usefixtures("tasks")

@@ -17,55 +17,55 @@ import pytest
 from distmeta.core.seeds import stream
 from distmeta.errors import DataError
 from distmeta.tasks import omniglot
-from distmeta.tasks.images import SPLITS, ImageSet
+from distmeta.tasks.datasets import SPLITS, ExampleSet
 from distmeta.tasks.omniglot import DRAWERS, PARTS, Omniglot
 
 
 @pytest.fixture(scope="module")
-def images(omniglot_root: Path) -> ImageSet:
-    return Omniglot(data_root=str(omniglot_root)).images
+def images(omniglot_root: Path) -> ExampleSet:
+    return Omniglot(data_root=str(omniglot_root)).dataset
 
 
-def test_whole_set(images: ImageSet) -> None:
-    assert images.pixels.shape == (32460, 28, 28) and images.pixels.dtype == np.uint8
+def test_whole_set(images: ExampleSet) -> None:
+    assert images.examples.shape == (32460, 28, 28) and images.examples.dtype == np.uint8
     assert len(images.names) == 1623 and set(images.counts.tolist()) == {DRAWERS}
     assert images.names[0] == "Alphabet_of_the_Magi/character01" and images.names[-1] == "ULOG/character26"
     assert images.names[963] == "Tifinagh/character55" and images.names[964] == "Angelic/character01"
-    assert 0.04 < images.pixels.mean() / 255 < 0.1 and (images.pixels.reshape(32460, -1).max(1) > 100).all()
+    assert 0.04 < images.examples.mean() / 255 < 0.1 and (images.examples.reshape(32460, -1).max(1) > 100).all()
 
 
-def test_folders_give_the_same_array_as_archives(omniglot_root: Path, images: ImageSet, tmp_path: Path) -> None:
+def test_folders_give_the_same_array_as_archives(omniglot_root: Path, images: ExampleSet, tmp_path: Path) -> None:
     (tmp_path / "omniglot-py").mkdir()
     for part in PARTS:
         (tmp_path / "omniglot-py" / part).symlink_to(omniglot_root / "omniglot-py" / part)
     found = Omniglot(data_root=str(tmp_path)).build()
-    assert found.names == images.names and np.array_equal(found.pixels, images.pixels)
+    assert found.names == images.names and np.array_equal(found.examples, images.examples)
 
 
-def test_reading_a_drawing_gives_what_the_set_holds(omniglot_root: Path, images: ImageSet) -> None:
+def test_reading_a_drawing_gives_what_the_set_holds(omniglot_root: Path, images: ExampleSet) -> None:
     tasks = Omniglot(data_root=str(omniglot_root))
     for place in (0, 500, 1622):
         part = "images_background" if place < 964 else "images_evaluation"
         folder = omniglot_root / "omniglot-py" / part / images.names[place]
         for example, path in enumerate(sorted(folder.iterdir())[:3]):
-            expected = images.pixels[images.starts[place] + example] / np.float32(255)
+            expected = images.examples[images.starts[place] + example] / np.float32(255)
             assert np.array_equal(tasks.read_image(path)[0].numpy(), expected)
 
 
-def test_random_split(images: ImageSet) -> None:
-    members = {split: Omniglot().split_classes(images.names, split) for split in SPLITS}
+def test_random_split(images: ExampleSet) -> None:
+    members = {split: Omniglot().split_groups(images.names, split) for split in SPLITS}
     assert [len(members[split]) for split in SPLITS] == [1100, 100, 423]
     assert sorted(np.concatenate(list(members.values()))) == list(range(1623))
-    again, other = (Omniglot(split_seed=seed).split_classes(images.names, "val") for seed in (0, 1))
+    again, other = (Omniglot(split_seed=seed).split_groups(images.names, "val") for seed in (0, 1))
     assert np.array_equal(again, members["val"]) and not np.array_equal(other, members["val"])
 
 
-def test_vinyals_split_is_that_of_the_lists(images: ImageSet, omniglot_lists: Path) -> None:
+def test_vinyals_split_is_that_of_the_lists(images: ExampleSet, omniglot_lists: Path) -> None:
     tasks = Omniglot(split="vinyals")
     for split in SPLITS:
         lines = (omniglot_lists / f"vinyals_{split}.txt").read_text().split()
         listed = {line.rsplit("/", 1)[0] for line in lines}
-        assert {images.names[place] for place in tasks.split_classes(images.names, split)} == listed
+        assert {images.names[place] for place in tasks.split_groups(images.names, split)} == listed
         assert len(lines) == 4 * len(listed)  # four rotations each, as `rotations` makes them
 
 
@@ -114,7 +114,7 @@ def mirror(small: Path) -> Iterator[str]:
 def test_download_from_a_mirror(small: Path, mirror: str, tmp_path: Path) -> None:
     local = Omniglot(data_root=str(small)).build()
     fresh = Omniglot(data_root=str(tmp_path / "fresh"), url=mirror)
-    assert np.array_equal(fresh.images.pixels, local.pixels) and fresh.images.names == local.names
+    assert np.array_equal(fresh.dataset.examples, local.examples) and fresh.dataset.names == local.names
     folder = tmp_path / "fresh" / "omniglot-py"
     assert sorted(path.name for path in folder.iterdir()) == ["images_background.zip", "images_evaluation.zip"]
 

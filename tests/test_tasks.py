@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distmeta.core.seeds import stream
-from distmeta.core.types import Episode, Split
+from distmeta.core.types import Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError, StorageError
+from distmeta.tasks.datasets import SPLITS, ExampleSet
 from distmeta.tasks.files import atomic_write, cache_dir, default_data_root
-from distmeta.tasks.images import SPLITS, FewShotImages, ImageSet
+from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.sinusoid import Sinusoid
 
 COUNTS = (6, 7, 9)  # of the classes 0, 1, 2, 3, 4, ... in turn
@@ -38,16 +39,16 @@ class Numbered(FewShotImages):
     def source_key(self) -> str:
         return self.version
 
-    def build(self) -> ImageSet:
+    def build(self) -> ExampleSet:
         Numbered.built += 1
         counts = np.array([COUNTS[number % 3] for number in range(CLASSES)])
         pixels = np.zeros((counts.sum(), 4, 4), np.uint8)
         pixels[:, 0, 0] = np.repeat(np.arange(CLASSES), counts)
         pixels[:, 0, 1] = np.concatenate([np.arange(count) for count in counts])
         pixels[:, 0, 2] = 255
-        return ImageSet(pixels, tuple(f"class{number}" for number in range(CLASSES)), counts)
+        return ExampleSet(pixels, tuple(f"class{number}" for number in range(CLASSES)), counts)
 
-    def split_classes(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+    def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         first = SPLITS.index(split)
         return np.arange(first, len(names), 3)
 
@@ -71,7 +72,7 @@ def flat(episode: Episode) -> list[Tensor]:
 def test_episode(split: Split, rotations: bool) -> None:
     tasks = Numbered(ways=5, shots=2, queries=3, train_shots=1, train_queries=4, rotations=rotations)
     shots, queries = (1, 4) if split == "train" else (2, 3)
-    members = set(tasks.split_classes([""] * CLASSES, split).tolist())
+    members = set(tasks.split_groups([""] * CLASSES, split).tolist())
     turns: set[int] = set()
     for index in range(30):
         (x, y), (query_x, query_y) = tasks.sample(stream("episode", index), split)
@@ -118,12 +119,12 @@ def test_support_is_in_random_order_and_all_is_drawn() -> None:
 def test_episodes_are_their_own_memory() -> None:
     tasks = Numbered(ways=2, queries=1)
     episode = tasks.sample(stream(0), "train")
-    before = tasks.images.pixels.copy()
+    before = tasks.dataset.examples.copy()
     for tensor in flat(episode):
         tensor.fill_(0)
-    assert np.array_equal(before, tasks.images.pixels)
+    assert np.array_equal(before, tasks.dataset.examples)
     with pytest.raises(ValueError, match="read-only"):
-        tasks.images.pixels[0] = 0
+        tasks.dataset.examples[0] = 0
 
 
 def test_pickle_carries_no_data() -> None:
@@ -132,14 +133,14 @@ def test_pickle_carries_no_data() -> None:
     blob = pickle.dumps(tasks)
     assert len(blob) < 2000
     copy: Numbered = pickle.loads(blob)
-    assert "images" not in copy.__dict__
+    assert "dataset" not in copy.__dict__
     first, again = tasks.sample(stream(1), "val"), copy.sample(stream(1), "val")
     assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(again), strict=True))
 
 
 def test_spec() -> None:
-    assert Numbered(ways=7).spec == ((1, 4, 4), 7, "cross_entropy")
-    assert Sinusoid().spec == ((1,), 1, "mse")
+    assert Numbered(ways=7).spec == TaskSpec((1, 4, 4), 7, "cross_entropy")
+    assert Sinusoid().spec == TaskSpec((1,), 1, "mse")
 
 
 # the cache

@@ -5,6 +5,7 @@ distribution follow from that.
 """
 
 from distmeta.algorithms.imaml import IMAML
+from distmeta.algorithms.joint import Joint
 from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_pp import MAMLpp
 from distmeta.algorithms.meta_curvature import MetaCurvature
@@ -17,6 +18,7 @@ from distmeta.core.algorithm import MetaAlgorithm
 
 ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
     "imaml": IMAML,
+    "joint": Joint,
     "maml": MAML,
     "maml-pp": MAMLpp,
     "meta-curvature": MetaCurvature,
@@ -32,6 +34,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "R2D2",
+    "Joint",
     "MAMLpp",
     "MetaAlgorithm",
     "MetaCurvature",

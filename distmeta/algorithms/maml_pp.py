@@ -74,7 +74,7 @@ class MAMLpp(MAML):
         weighted = [(v, at.params) for v, at in zip(self.weights(step), path, strict=True) if v]
         if len(weighted) > 1 and isinstance(task, Recorded):
             raise ConfigError(
-                "algorithm.multi_step_until judges every inner step by one query set, which tasks of control sample for "
+                "algorithm.multi_step_until judges every inner step by one query set, which control samples for "
                 "the last one alone: leave it at 0"
             )
         values = [(v, *loss(params, task.query(params))) for v, params in weighted]

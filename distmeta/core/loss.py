@@ -31,7 +31,20 @@ def mse(output: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     return F.mse_loss(output, target), {}
 
 
-CRITERIA: dict[str, Criterion] = {"cross_entropy": cross_entropy, "mse": mse}
+def token_cross_entropy(output_BTV: Tensor, target_BT: Tensor) -> tuple[Tensor, Metrics]:
+    """Mean cross-entropy in nats of the tokens of all targets, which end in −1; and ``token_accuracy``."""
+    there = (target_BT >= 0).to(output_BTV.dtype)
+    log_probability = output_BTV.log_softmax(-1).gather(-1, target_BT.clamp(min=0)[..., None])[..., 0]
+    tokens = there.sum().clamp(min=1)
+    right = (output_BTV.argmax(-1) == target_BT).to(output_BTV.dtype).sum() / tokens
+    return -(log_probability * there).sum() / tokens, {"token_accuracy": right}
+
+
+CRITERIA: dict[str, Criterion] = {
+    "cross_entropy": cross_entropy,
+    "mse": mse,
+    "token_cross_entropy": token_cross_entropy,
+}
 """The criteria that a configuration can name."""
 
 

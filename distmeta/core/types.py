@@ -57,6 +57,10 @@ class Episode(NamedTuple):
         return self.query_set
 
 
+Judge = Callable[[Callable[..., Tensor], Batch], dict[str, float]]
+"""From a model, ``predict(x, …)``, and a query set to metrics that no gradient is taken of, such as chrF."""
+
+
 class TaskDistribution(Protocol):
     """p(T), the distribution that tasks come from.
 
@@ -137,3 +141,9 @@ class TaskSpec(NamedTuple):
     """Number of outputs: the ways of a classification, the targets of a regression."""
     loss: Any
     """``loss(output, target)``: the tasks' own loss (see `distmeta.core.loss`)."""
+    vocabulary: int | None = None
+    """Number of different tokens, where the inputs are texts: whole numbers from 0, and −1 for padding."""
+    judge: Judge | None = None
+    """What evaluation measures beside the metrics of the loss."""
+    metric: str | None = None
+    """The metric that counts in evaluation, the higher the better; None: accuracy if there is one, else the loss."""

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import (
     Batch,
     Episode,
+    Judge,
     MetaGradient,
     MetaParams,
     Params,
@@ -38,6 +40,7 @@ from distmeta.errors import ConfigError, DistmetaError, NumericalError, Resource
 
 Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap"]
+JUDGED = "judged."
 
 
 class Shard(NamedTuple):
@@ -142,6 +145,9 @@ class Problem:
     strategy: Strategy = "loop"
     threads: int = 1
     device: str = "cpu"
+    judge: Judge | None = None
+    metric: str | None = None
+    """See `distmeta.core.types.TaskSpec`."""
     recordings: Recordings = field(default_factory=Recordings, repr=False)
 
     def check_device(self) -> None:
@@ -306,17 +312,29 @@ class Problem:
         )
 
     def _evaluate(self, meta: MetaParams, task: Task, inductive: bool) -> dict[str, np.ndarray]:
-        """Query metrics before adaptation and after each inner step: arrays (inner steps + 1,)."""
+        """Query metrics before adaptation and after each inner step, arrays (inner steps + 1,); the judge's, which may
+        take long, before and after adaptation, arrays (2,) under names that begin with `JUDGED`."""
         rows: list[dict[str, np.ndarray]] = []
         params: Params = {}
+        judged: list[dict[str, float]] = []
         for params, *_ in self.algorithm.trajectory(meta, task, self.loss):
             with torch.no_grad():
                 value, metrics = self.loss(params, task.query(params))
+            if not rows:
+                judged += self._judge(params, task)
             rows.append({name: m.cpu().double().numpy() for name, m in (metrics | {"loss": value}).items()})
+        judged += self._judge(params, task)
         result = stack_metrics(rows)
+        if judged:
+            result |= {f"{JUDGED}{name}": np.array([row[name] for row in judged]) for name in judged[0]}
         if inductive and "accuracy" in result and uses_batch_statistics(self.loss.module):
             result["accuracy_inductive"] = np.asarray(self._inductive_accuracy(params, task))
         return result
+
+    @torch.no_grad()
+    def _judge(self, params: Params, task: Task) -> list[dict[str, float]]:
+        """What the judge says of ``params``, in a list; none without a judge."""
+        return [] if self.judge is None else [self.judge(partial(self.loss.predict, params), task.query(params))]
 
     @torch.no_grad()
     def _inductive_accuracy(self, params: Params, task: Task) -> float:

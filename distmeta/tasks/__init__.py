@@ -13,10 +13,14 @@ from distmeta.tasks.metaworld import MetaWorld
 from distmeta.tasks.navigation import Navigation
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
+from distmeta.tasks.text import Clinc150, OwnText
+from distmeta.tasks.translation import CLDRNames, ParallelText
 
 TASKS: dict[str, Callable[..., Any]] = {
     "ant": Ant,
     "cifar_fs": CifarFS,
+    "cldr": CLDRNames,
+    "clinc150": Clinc150,
     "glyphs": Glyphs,
     "gym": Gym,
     "half_cheetah_dir": HalfCheetahDirection,
@@ -24,5 +28,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "metaworld": MetaWorld,
     "navigation": Navigation,
     "omniglot": Omniglot,
+    "parallel": ParallelText,
     "sinusoid": Sinusoid,
+    "text": OwnText,
 }

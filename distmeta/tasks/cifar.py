@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from distmeta.core.types import Split
 from distmeta.errors import DataError
+from distmeta.tasks.datasets import ExampleSet
 from distmeta.tasks.files import download
-from distmeta.tasks.images import FewShotImages, ImageSet
+from distmeta.tasks.images import FewShotImages
 
 _SIDE = 32
 _RECORD = 2 + 3 * _SIDE * _SIDE  # superclass, class, and the red, green and blue planes
@@ -78,7 +79,7 @@ class CifarFS(FewShotImages):
         pairs = zip(files, stats, strict=True)
         return "\n".join(f"{file.name} {stat.st_size} {stat.st_mtime_ns}" for file, stat in pairs)
 
-    def build(self) -> ImageSet:
+    def build(self) -> ExampleSet:
         """All 60,000 images, class by class in the order of the list of names."""
         read = _from_folder(self.folder) if self.folder.is_dir() else _from_archive(self.archive)
         names = read[_NAMES].decode("ascii", "replace").split()
@@ -89,9 +90,9 @@ class CifarFS(FewShotImages):
             raise DataError(f"{self.folder} does not hold 600 images of each of 100 classes; delete it to read it anew")
         pixels = np.concatenate([part[:, 2:] for part in records])[np.argsort(labels, kind="stable")]
         images = pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
-        return ImageSet(np.ascontiguousarray(images), tuple(names), counts.astype(np.int64))
+        return ExampleSet(np.ascontiguousarray(images), tuple(names), counts.astype(np.int64))
 
-    def split_classes(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+    def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         """The classes of ``split``, in the order of the data set."""
         own = {"val": _VAL, "test": _TEST}.get(split)
         chosen = (name in own if own else name not in _VAL + _TEST for name in names)

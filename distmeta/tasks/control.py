@@ -119,7 +119,7 @@ class Control(ABC):
         """Observations in, parameters of a distribution over actions out."""
         scores = ("return", "success") if self.measures_success else ("return",)
         shape, actions, kind = self.spaces
-        return TaskSpec(shape, actions, ActionSpec(kind, actions, scores, self.estimator))
+        return TaskSpec(shape, actions, ActionSpec(kind, actions, scores, self.estimator), metric=scores[-1])
 
     def bind(self, policy: PolicyLoss) -> None:
         """Tells the tasks with which policy they are sampled."""

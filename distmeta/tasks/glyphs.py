@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import DataError
-from distmeta.tasks.images import FewShotImages, ImageSet
+from distmeta.tasks.datasets import ExampleSet
+from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.pictures import Pixels
 
 _RECIPE = 3  # a new number for every change of what is rendered
@@ -90,7 +91,7 @@ class Glyphs(FewShotImages):
         sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _font_files().values()]
         return " ".join([str(_RECIPE), *sums])
 
-    def build(self) -> ImageSet:
+    def build(self) -> ExampleSet:
         """Renders all classes, in the order of their scripts and code points."""
         drawn = _draw_all()
         names: list[str] = []
@@ -103,9 +104,9 @@ class Glyphs(FewShotImages):
                 _distort(shapes[example % len(shapes)], stream("glyphs", character, example))
                 for example in range(EXAMPLES)
             ]
-        return ImageSet(np.stack(pixels), tuple(names), np.full(len(names), EXAMPLES, np.int64))
+        return ExampleSet(np.stack(pixels), tuple(names), np.full(len(names), EXAMPLES, np.int64))
 
-    def split_classes(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+    def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         """The classes of the scripts of ``split``."""
         return np.array([place for place, name in enumerate(names) if SCRIPTS[name.split()[0]] == split], np.int64)
 

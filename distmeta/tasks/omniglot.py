@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import DataError
+from distmeta.tasks.datasets import ExampleSet
 from distmeta.tasks.files import download
-from distmeta.tasks.images import FewShotImages, ImageSet
+from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.pictures import character_pixels
 
 DRAWERS = 20
@@ -124,7 +125,7 @@ class Omniglot(FewShotImages):
         download(f"{self.url.rstrip('/')}/{part}.zip", archive, PARTS[part].md5)
         return archive
 
-    def build(self) -> ImageSet:
+    def build(self) -> ExampleSet:
         """All 32,460 drawings: the background set's characters by name, then the evaluation set's."""
         names: list[str] = []
         pixels: list[NDArray[np.uint8]] = []
@@ -135,9 +136,9 @@ class Omniglot(FewShotImages):
                 if not names or names[-1] != character:
                     names.append(character)
                 pixels.append(character_pixels(data, _SIZE, label))
-        return ImageSet(np.stack(pixels), tuple(names), np.full(len(names), DRAWERS, np.int64))
+        return ExampleSet(np.stack(pixels), tuple(names), np.full(len(names), DRAWERS, np.int64))
 
-    def split_classes(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+    def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         """The characters of ``split``, in the order of the data set."""
         if self.split == "vinyals":
             return np.array([place for place, name in enumerate(names) if _vinyals(name) == split], np.int64)

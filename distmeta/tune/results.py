@@ -16,7 +16,7 @@ from ray.tune import ExperimentAnalysis
 from ray.tune.search.sample import Domain
 
 from distmeta.errors import one_line
-from distmeta.evaluation import better
+from distmeta.evaluation import better, finals
 from distmeta.runs import RunFolder
 from distmeta.tune.search import Search
 from distmeta.tune.space import Dimension
@@ -77,7 +77,7 @@ class Trial:
         for evaluation in self.lineage:
             if better(evaluation, best["after"]["mean"] if best else None):  # as the run chooses its best checkpoint
                 best = evaluation
-        return float(best["by_inner_step"][metric][-1]["mean"]) if best else math.nan
+        return finals(best)[metric] if best else math.nan
 
 
 @dataclass(frozen=True)

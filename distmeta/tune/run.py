@@ -39,7 +39,7 @@ from distmeta.config import load, read_yaml
 from distmeta.distributed.cluster import check_room, connect
 from distmeta.distributed.executor import InProcess
 from distmeta.errors import ConfigError, DistmetaError, RunError, Stopped, WorkerError, one_line
-from distmeta.evaluation import describe, evaluate_tasks
+from distmeta.evaluation import describe, evaluate_tasks, finals
 from distmeta.experiment import assemble
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.training import StopSignal
@@ -177,7 +177,7 @@ def _check_metrics(search: Search) -> None:
     experiment = assemble(config)
     vector = experiment.problem.layout.pack(experiment.initial)
     evaluation = evaluate_tasks(InProcess(experiment.problem), experiment.problem, vector, "val", 2, 2)
-    known = [*evaluation["by_inner_step"], *COSTS]
+    known = [*finals(evaluation), *COSTS]
     for metric in search.metrics:
         if metric not in known:
             raise ConfigError(

@@ -19,7 +19,7 @@ from ray.tune import Checkpoint, PlacementGroupFactory
 
 from distmeta.distributed.cluster import demand
 from distmeta.errors import CheckpointError, ConfigError, DataError, NumericalError
-from distmeta.evaluation import Evaluation
+from distmeta.evaluation import Evaluation, finals
 from distmeta.experiment import assemble
 from distmeta.metrics import MetricsLog
 from distmeta.runs import RunFolder
@@ -97,8 +97,7 @@ def take_over(saved: Checkpoint, run: RunFolder, training: Training) -> None:
 def measures(run: RunFolder, step: int, evaluation: Evaluation) -> Mapping[str, Any]:
     """What a trial reports of a validation: its metrics after adaptation, and what they have cost."""
     metrics = MetricsLog(run, step)
-    values = {name: curve[-1]["mean"] for name, curve in evaluation["by_inner_step"].items()}
-    return values | {
+    return finals(evaluation) | {
         "step": step,
         "validations": sum(record["kind"] == "val" for record in run.records()),
         "ci95": evaluation["after"]["ci95"],

@@ -1,7 +1,7 @@
 """Small reference networks of the papers.
 
-A model that a configuration can name is a class taking ``input_shape`` and ``outputs`` (see
-`distmeta.core.types.TaskSpec`) and settings of its own.
+A model that a configuration can name is a class taking ``input_shape`` and ``outputs`` (and ``vocabulary``, if it is
+for texts; see `distmeta.core.types.TaskSpec`) and settings of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.errors import ConfigError, at_least
-from distmeta.policies import MLPPolicy
+from distmeta.models.policy import MLPPolicy
+from distmeta.models.pretrained import PretrainedEncoder
+from distmeta.models.text import TextCNN, TextTransformer
+from distmeta.models.translation import Seq2Seq
 
 
 class Conv4(nn.Module):
@@ -90,5 +93,13 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-MODELS: dict[str, type[nn.Module]] = {"conv4": Conv4, "mlp": MLP, "policy": MLPPolicy}
-"""The models that a configuration can name."""
+MODELS: dict[str, type[nn.Module]] = {
+    "conv4": Conv4,
+    "hf:": PretrainedEncoder,
+    "mlp": MLP,
+    "policy": MLPPolicy,
+    "seq2seq": Seq2Seq,
+    "text-cnn": TextCNN,
+    "text-transformer": TextTransformer,
+}
+"""The models that a configuration can name; ``hf:`` stands before the name of a pretrained one."""

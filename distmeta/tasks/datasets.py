@@ -1,0 +1,321 @@
+"""Tasks over one array of all examples of a data set, and few-shot classification over it.
+
+A data set is decoded once into a single array in the cache (pixels of images, numbers of tokens), which every worker of
+a node maps into its memory: the pages are shared, and an episode is a few thousand bytes copied out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distmeta.core.types import Episode, Split
+from distmeta.errors import ConfigError, DataError, StorageError
+from distmeta.tasks.files import atomic_write, cache_dir, default_data_root
+from distmeta.tasks.own import OwnClasses
+
+log = logging.getLogger(__name__)
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_FORMAT = 1  # of the cached files; a new number makes every cache be built anew
+
+
+class ExampleSet(NamedTuple):
+    """All examples of a data set, group after group; a group is a class, or a language."""
+
+    examples: NDArray[Any]
+    """[n, …], for example uint8 [n, H, W] of grey images or int32 [n, L] of texts."""
+    names: tuple[str, ...]
+    """A name for each group."""
+    counts: NDArray[np.int64]
+    """The number of examples of each group; the first group's come first."""
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The row of each group's first example."""
+        return np.cumsum(self.counts) - self.counts
+
+    @staticmethod
+    def cached(name: str, key: str, build: Callable[[], ExampleSet]) -> ExampleSet:
+        """The data set ``name``, from the cache or from ``build``, whose result is cached.
+
+        Args:
+            name: the data set; part of the files' names.
+            key: a hash of all that the result of ``build`` depends on. Several processes may build the same key at
+                once, since they write the same bytes.
+            build: makes the examples when the cache lacks them, or holds them damaged.
+
+        Raises:
+            StorageError: the cache cannot be written.
+        """
+        stem = _stem(name, key)
+        found = _open(stem)
+        if found is None:
+            _save(stem, build())
+            found = _open(stem)
+        if found is None:
+            raise StorageError(
+                f"{stem}.npy cannot be read back as it was written; set DISTMETA_CACHE to a folder on a sound disk"
+            )
+        return found
+
+
+def _stem(name: str, key: str) -> Path:
+    return cache_dir() / f"{name}-{key}"
+
+
+def _paths(stem: Path) -> tuple[Path, Path]:
+    return stem.with_name(stem.name + ".npy"), stem.with_name(stem.name + ".json")
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(stem: Path) -> ExampleSet | None:
+    """The cached examples, memory-mapped and read-only; None if there are none, or if they are damaged."""
+    array, index = _paths(stem)
+    if not (array.exists() and index.exists()):
+        return None
+    try:
+        entry: dict[str, Any] = json.loads(index.read_text("utf-8"))
+        if _checksum(array) != entry["sha256"]:
+            raise ValueError("the checksum differs")
+        # a plain view: np.memmap costs microseconds at each indexing
+        examples = np.asarray(np.load(array, mmap_mode="r", allow_pickle=False))
+        found = ExampleSet(examples, tuple(entry["names"]), np.asarray(entry["counts"], np.int64))
+        if found.counts.sum() != len(examples) or len(found.names) != len(found.counts):
+            raise ValueError("the index does not fit the array")
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        log.warning("the cached data in %s is damaged (%s): building it anew", array, error)
+        return None
+    return found
+
+
+def _save(stem: Path, dataset: ExampleSet) -> None:
+    array, index = _paths(stem)
+    with atomic_write(array) as file:
+        np.save(file, dataset.examples, allow_pickle=False)
+    entry = {"sha256": _checksum(array), "names": dataset.names, "counts": dataset.counts.tolist()}
+    with atomic_write(index) as file:  # last: an index stands for a whole array
+        file.write(json.dumps(entry).encode())
+
+
+@dataclass(eq=False)
+class DataTasks(ABC):
+    """Tasks drawn from a data set whose groups of examples are divided among the splits.
+
+    Subclasses say what the examples are made from, which groups belong to which split, and how a task is drawn.
+    """
+
+    data_root: Annotated[str | None, "Folder of the data sets; null: $DISTMETA_DATA, else ~/.cache/distmeta/data."] = (
+        None
+    )
+
+    name: ClassVar[str]
+    """The data set, as the cache's files are named."""
+
+    # what a subclass says
+
+    @abstractmethod
+    def source_key(self) -> str:
+        """Names all that `build` depends on: files with sizes and times, versions, settings."""
+
+    @abstractmethod
+    def build(self) -> ExampleSet:
+        """Reads (where necessary downloads) the data set and decodes it.
+
+        Raises:
+            DataError: the data is missing or damaged.
+        """
+
+    @abstractmethod
+    def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+        """The groups of ``split``, as positions in ``names``, in an order that is always the same."""
+
+    @abstractmethod
+    def check(self, split: Split, members: NDArray[np.int64]) -> None:
+        """Raises `DataError` unless tasks of ``split`` can be drawn from the groups ``members``."""
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        """Draws an episode of ``split``."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How much there is of what, for people."""
+
+    # what all share
+
+    @property
+    def root(self) -> Path:
+        """The folder of the data sets."""
+        return Path(self.data_root).expanduser() if self.data_root else default_data_root()
+
+    def prepare(self) -> None:
+        """Downloads, decodes and caches the data set where that has not been done, and checks that each split can give
+        the tasks asked for. The driver calls it once; without it the first `sample` does the same.
+
+        Raises:
+            DataError: the data is missing, damaged or too small for the tasks.
+            StorageError: the data or the cache cannot be written.
+        """
+        _ = self.members
+
+    @cached_property
+    def _key(self) -> str:
+        """Kept when pickled: a worker then finds the driver's cache without looking at the source files."""
+        return hashlib.sha256(f"{_FORMAT} {self.source_key()}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def dataset(self) -> ExampleSet:
+        """The whole data set, memory-mapped."""
+        return ExampleSet.cached(self.name, self._key, self.build)
+
+    @cached_property
+    def members(self) -> dict[Split, NDArray[np.int64]]:
+        """The groups of each split, checked."""
+        members: dict[Split, NDArray[np.int64]] = {
+            split: self.split_groups(self.dataset.names, split) for split in SPLITS
+        }
+        for split, groups in members.items():
+            self.check(split, groups)
+        return members
+
+    def at_hand(self) -> bool:
+        """Whether the decoded data set is in this node's cache."""
+        return all(path.exists() for path in _paths(_stem(self.name, self._key)))
+
+    def data(self) -> ExampleSet:
+        """The whole data set."""
+        return self.dataset
+
+    def attach(self, data: ExampleSet) -> None:
+        """Takes the data set from elsewhere, where this node does not have it."""
+        self.dataset = data
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings and the cache's key, not the data: whoever unpickles it opens the cache, or builds it."""
+        kept = {field.name for field in fields(self)} | {"_key"}
+        return {key: value for key, value in self.__dict__.items() if key in kept}
+
+
+@dataclass(eq=False)
+class FewShotClasses(DataTasks):
+    """N-way K-shot classification: an episode draws N classes, and K + Q distinct examples of each.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    ways: Annotated[int, "Classes in each task (N)."] = 5
+    shots: Annotated[int, "Support examples of each class (K)."] = 1
+    queries: Annotated[int, "Query examples of each class (Q)."] = 15
+    train_shots: Annotated[
+        int | None,
+        "Support examples of each class in meta-training, where they are to differ (Reptile); null: as shots.",
+    ] = None
+    train_queries: Annotated[int | None, "Query examples of each class in meta-training; null: as queries."] = None
+
+    examples: ClassVar[str]
+    """What the examples are called, for people."""
+
+    def __post_init__(self) -> None:
+        least = {"ways": 2, "shots": 1, "queries": 1, "train_shots": 1, "train_queries": 1}
+        for key, low in least.items():
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise ConfigError(f"tasks.{key} is {value}; it must be {low} or more")
+
+    @abstractmethod
+    def inputs(self, examples: NDArray[Any]) -> Tensor:
+        """What a model is given of the rows ``examples`` of the data set."""
+
+    @abstractmethod
+    def own_task(self, support: Path, query: Path) -> OwnClasses:
+        """A user's own classes and what is to be classified, from files.
+
+        Raises:
+            DataError: a file is missing or cannot be read, or there are more classes than ways.
+        """
+
+    @property
+    def variants(self) -> int:
+        """How many classes each class of the data set counts for."""
+        return 1
+
+    def vary(self, examples: NDArray[Any], variants: NDArray[np.int64]) -> None:
+        """Turns each class's examples (first axis) into those of the variant given for it (0: as it is), in place."""
+
+    def check(self, split: Split, members: NDArray[np.int64]) -> None:
+        """Enough classes, and enough examples of each."""
+        shots, queries = self._sizes(split)
+        available, counted = len(members) * self.variants, " (rotations counted)" if self.variants > 1 else ""
+        if available < self.ways:
+            raise DataError(
+                f"the {split} split of {self.name} has {available} classes{counted}, fewer than the "
+                f"{self.ways} ways of a task: lower tasks.ways"
+            )
+        smallest = members[np.argmin(self.dataset.counts[members])]
+        if self.dataset.counts[smallest] < shots + queries:
+            prefix = "train_" if split == "train" and (self.train_shots or self.train_queries) else ""
+            raise DataError(
+                f"class {self.dataset.names[smallest]} of {self.name} ({split}) has "
+                f"{self.dataset.counts[smallest]} examples, fewer than {shots} shots + {queries} "
+                f"queries: lower tasks.{prefix}shots or tasks.{prefix}queries"
+            )
+
+    def _sizes(self, split: Split) -> tuple[int, int]:
+        """Shots and queries of a class in ``split``."""
+        if split != "train":
+            return self.shots, self.queries
+        return self.train_shots or self.shots, self.train_queries or self.queries
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        """Draws an episode of ``split``: support (x, y) in random order, query (x, y) class by class.
+
+        x are the inputs of N * K or N * Q examples, y int64 from 0 to N - 1.
+        """
+        shots, queries = self._sizes(split)
+        members = self.members[split]
+        # distinct (class, variant) pairs
+        drawn = rng.choice(len(members) * self.variants, self.ways, replace=False)
+        classes = members[drawn // self.variants]
+        # distinct examples of each class: the first few of a random order
+        counts = self.dataset.counts[classes]
+        order = rng.random((self.ways, int(counts.max())))
+        order[np.arange(order.shape[1]) >= counts[:, None]] = np.inf
+        examples = np.argsort(order, axis=1, kind="stable")[:, : shots + queries]
+        block = self.dataset.examples[self.dataset.starts[classes][:, None] + examples]
+        self.vary(block, drawn % self.variants)
+        labels = np.arange(self.ways)
+        shuffled = rng.permutation(self.ways * shots)
+        return Episode(
+            (self.inputs(_flat(block[:, :shots])[shuffled]), torch.from_numpy(labels.repeat(shots)[shuffled])),
+            (self.inputs(_flat(block[:, shots:])), torch.from_numpy(labels.repeat(queries))),
+        )
+
+    def describe(self) -> str:
+        """How many classes each split has."""
+        parts = [f"{split} {len(self.members[split]) * self.variants:,}" for split in SPLITS]
+        counted = ", rotations counted" if self.variants > 1 else ""
+        total = f"{len(self.dataset.examples):,} {self.examples} of {len(self.dataset.names):,} classes"
+        return f"{total} ({', '.join(parts)}{counted})"
+
+
+def _flat(values: NDArray[Any]) -> NDArray[Any]:
+    """Joins the first two axes, classes and examples, in an array of its own."""
+    return np.ascontiguousarray(values).reshape(-1, *values.shape[2:])

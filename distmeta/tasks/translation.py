@@ -1,0 +1,413 @@
+"""Few-shot translation: each task is a language (or a domain) with a few pairs of sentences, after Gu et al.,
+"Meta-learning for low-resource neural machine translation", EMNLP 2018."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distmeta.core.pretrained import MISSING
+from distmeta.core.types import Batch, Episode, Split, TaskSpec
+from distmeta.errors import ConfigError, DataError
+from distmeta.tasks.datasets import SPLITS, DataTasks, ExampleSet
+from distmeta.tasks.own import Predict, Predictions
+from distmeta.tasks.tables import read_text, rows
+from distmeta.tasks.tokens import PADDING, Bytes, table
+
+log = logging.getLogger("distmeta")
+
+_BYTES = Bytes()
+_BEGIN, _END = _BYTES.vocabulary, _BYTES.vocabulary + 1  # of a target
+_VOCABULARY = _BYTES.vocabulary + 2
+_NEW = " (new)"  # marks the group of a language's pairs whose targets training never sees
+
+
+class Pair(NamedTuple):
+    """A sentence and its translation."""
+
+    source: str
+    target: str
+    place: str
+
+
+@dataclass(eq=False, kw_only=True)
+class FewShotTranslation(DataTasks):
+    """Translation into one language from many: a task is a source language, with ``shots`` pairs to adapt to.
+
+    Tokens are the bytes of UTF-8, which every script has and nothing has to be learned for. A share ``new_targets`` of
+    all target sentences is kept for the queries of validation and test: training then sees them in no language.
+
+    A batch is (source, prefix, target), each int64 [pairs, length] with −1 behind the end: the prefix is the target
+    behind a sign of its beginning, the target ends in a sign of its end, and the loss is the mean cross-entropy of its
+    tokens. Evaluation decodes greedily and gives chrF (Popović, WMT 2015) and BLEU by sacreBLEU, of all queries of a
+    task together, and the share of queries translated ``exact`` to the byte.
+
+    Raises:
+        ConfigError: a field is out of range, or sacreBLEU is not installed.
+    """
+
+    shots: Annotated[int, "Support pairs of each task (K)."] = 100
+    queries: Annotated[int, "Query pairs of each task (Q)."] = 50
+    train_shots: Annotated[int | None, "Support pairs in meta-training; null: as shots."] = None
+    train_queries: Annotated[int | None, "Query pairs in meta-training; null: as queries."] = None
+    length: Annotated[int, "Bytes of a sentence at most; pairs with a longer one are left out."] = 48
+    new_targets: Annotated[float, "Share of the target sentences that only queries of val and test have."] = 0.2
+
+    def __post_init__(self) -> None:
+        for key in ("shots", "queries", "train_shots", "train_queries", "length"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"tasks.{key} is {value}; it must be 1 or more")
+        if not 0 <= self.new_targets < 1:
+            raise ConfigError(f"tasks.new_targets is {self.new_targets}; it must be 0 or more, and below 1")
+
+    @abstractmethod
+    def read(self) -> Iterable[tuple[str, Iterable[Pair]]]:
+        """The pairs of each language, by its name.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+
+    @abstractmethod
+    def held_out(self) -> dict[Split, tuple[str, ...]]:
+        """The languages of ``val`` and ``test``; the others are for training."""
+
+    @property
+    def spec(self) -> TaskSpec:
+        """What a model is built for."""
+        shape = (self.length + 1,)
+        return TaskSpec(shape, _VOCABULARY, "token_cross_entropy", _VOCABULARY, self.judge, "chrf")
+
+    def prepare(self) -> None:
+        """See `DataTasks.prepare`."""
+        if importlib.util.find_spec("sacrebleu") is None:
+            raise ConfigError(f"tasks of translation are judged by the library sacrebleu; {MISSING}")
+        super().prepare()
+
+    def build(self) -> ExampleSet:
+        """int16 [pairs, 2, length + 1], sources and targets, each language's seen pairs before its new ones."""
+        names: list[str] = []
+        counts: list[int] = []
+        examples: list[NDArray[np.int32]] = []
+        long: list[str] = []
+        empty: list[str] = []
+        for language, pairs in self.read():
+            parts: dict[bool, dict[tuple[str, str], None]] = {False: {}, True: {}}  # without duplicates, in order
+            for source, target, place in pairs:
+                source, target = " ".join(source.split()), " ".join(target.split())
+                if not source or not target:
+                    empty.append(place)
+                elif max(len(source.encode()), len(target.encode())) > self.length:
+                    long.append(place)
+                else:
+                    parts[self._is_new(target)][source, target] = None
+            for new, part in parts.items():
+                names.append(language + _NEW * new)
+                counts.append(len(part))
+                examples.append(encode_pairs(list(part), self.length))
+        for what, places in (
+            ("have an empty sentence", empty),
+            (f"are longer than tasks.length = {self.length} bytes", long),
+        ):
+            if places:
+                log.warning("%d pairs %s and are left out, the first: %s", len(places), what, places[0])
+        if not names:
+            raise DataError(f"there are no pairs of {self.name}")
+        return ExampleSet(np.concatenate(examples).astype(np.int16), tuple(names), np.array(counts, np.int64))
+
+    def _is_new(self, target: str) -> bool:
+        """A function of the text alone, so that it is the same in all languages."""
+        digest = hashlib.blake2b(target.casefold().encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.new_targets * 2**64
+
+    def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
+        """The groups of seen pairs of the languages of ``split``; each is followed by the group of its new ones."""
+        held_out = self.held_out()
+        for part, languages in held_out.items():
+            for language in languages:
+                if language not in names:
+                    raise DataError(f"tasks.{part} names {language!r}, of which {self.name} has no pairs")
+        both = set(held_out["val"]) & set(held_out["test"])
+        if both:
+            raise ConfigError(f"{', '.join(sorted(both))} is both in tasks.val and in tasks.test")
+        other = {*held_out["val"], *held_out["test"]}
+        own = held_out.get(split)
+        seen = [i for i, name in enumerate(names) if not name.endswith(_NEW)]
+        return np.array([i for i in seen if (names[i] in own if own is not None else names[i] not in other)], np.int64)
+
+    def _sizes(self, split: Split) -> tuple[int, int]:
+        if split != "train":
+            return self.shots, self.queries
+        return self.train_shots or self.shots, self.train_queries or self.queries
+
+    def _apart(self, split: Split) -> bool:
+        """Whether queries come from the new targets."""
+        return split != "train" and self.new_targets > 0
+
+    def check(self, split: Split, members: NDArray[np.int64]) -> None:
+        """Enough pairs in each language."""
+        shots, queries = self._sizes(split)
+        if not len(members):
+            raise DataError(f"the {split} split of {self.name} has no language; name some by tasks.{split}")
+        for group in members:
+            name, (seen, new) = self.dataset.names[group], self.dataset.counts[group : group + 2]
+            if seen < shots + (0 if self._apart(split) else queries) or (self._apart(split) and new < queries):
+                raise DataError(
+                    f"{name} of {self.name} ({split}) has {seen} pairs and {new} of new targets, too few for {shots} "
+                    f"shots and {queries} queries: lower tasks.shots, tasks.queries or tasks.new_targets"
+                )
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        """Draws a language and distinct pairs of it."""
+        shots, queries = self._sizes(split)
+        group = int(rng.choice(self.members[split]))
+        (seen, new), start = self.dataset.counts[group : group + 2], self.dataset.starts[group]
+        if self._apart(split):
+            support = start + rng.permutation(seen)[:shots]
+            query = start + seen + rng.permutation(new)[:queries]
+        else:
+            support, query = np.split(start + rng.permutation(seen)[: shots + queries], [shots])
+        return Episode(*(batch_of(self.dataset.examples[rows]) for rows in (support, query)))
+
+    def describe(self) -> str:
+        """How many pairs and languages."""
+        parts = [f"{split} {len(self.members[split])}" for split in SPLITS]
+        return f"{len(self.dataset.examples):,} pairs, languages: {', '.join(parts)}"
+
+    def judge(self, predict: Predict, query: Batch) -> dict[str, float]:
+        """chrF and BLEU (0 to 100) and the share of exact translations of a query set."""
+        return scores(decode(greedy(predict, query[0])), decode(query[-1]))
+
+    def own_task(self, support: Path, query: Path) -> OwnPairs:
+        """From a TSV file with a sentence and its translation on each line, or JSON lines with ``source`` and
+        ``target``; the query may be that too, or a .txt file with a sentence on each line."""
+        known = [self._fitting(pair) for pair in pairs_of(support)]
+        asked = [
+            self._fitting(pair)
+            for pair in (_lines(query) if query.suffix.lower() == ".txt" else pairs_of(query, optional=True))
+        ]
+        for path, read in ((support, known), (query, asked)):
+            if not read:
+                raise DataError(f"{path} holds no sentences")
+        examples = encode_pairs([(pair.source, pair.target) for pair in known], self.length)
+        truth = [pair.target for pair in asked]
+        sources = [pair.source for pair in asked]
+        return OwnPairs(batch_of(examples), sources, encode(sources, self.length), truth if all(truth) else None)
+
+    def _fitting(self, pair: Pair) -> Pair:
+        for text in pair[:2]:
+            if len(text.encode()) > self.length:
+                raise DataError(f"{pair.place} has {len(text.encode())} bytes, more than tasks.length = {self.length}")
+        return pair
+
+
+@dataclass
+class OwnPairs:
+    """A user's pairs of sentences, and the sentences that are to be translated."""
+
+    support: Batch
+    sources: list[str]
+    tokens: NDArray[np.int32]
+    references: list[str] | None
+
+    classes: ClassVar[list[str]] = []
+
+    def predictions(self, predict: Predict) -> Predictions:
+        """The translation of each sentence, and chrF where references are given."""
+        translations = decode(greedy(predict, torch.from_numpy(self.tokens.astype(np.int64))))
+        if self.references is None:
+            pairs = [list(pair) for pair in zip(self.sources, translations, strict=True)]
+            return Predictions(["source", "translation"], pairs, {})
+        table = [list(row) for row in zip(self.sources, translations, self.references, strict=True)]
+        return Predictions(["source", "translation", "reference"], table, scores(translations, self.references))
+
+
+@dataclass(eq=False, kw_only=True)
+class ParallelText(FewShotTranslation):
+    """Pairs of sentences of your own: a folder with one .tsv or .jsonl file for each language (or domain).
+
+    A line of a TSV file is a sentence, a tab and its translation; a JSON line has ``source`` and ``target``. The name
+    of a file, without its ending, is that of its language.
+    """
+
+    path: Annotated[str, "The folder."]
+    val: Annotated[tuple[str, ...], "Languages for meta-validation."]
+    test: Annotated[tuple[str, ...], "Languages for meta-testing; all that are in neither are for training."]
+
+    name: ClassVar[str] = "parallel"
+
+    def held_out(self) -> dict[Split, tuple[str, ...]]:
+        """As the settings say."""
+        return {"val": self.val, "test": self.test}
+
+    def _files(self) -> list[Path]:
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"tasks.path: there is no folder {folder}")
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".tsv", ".jsonl"))
+        if not files:
+            raise DataError(f"{folder} holds no .tsv or .jsonl files")
+        return files
+
+    def source_key(self) -> str:
+        """Names, sizes and times of the files."""
+        lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in self._files()]
+        return "\n".join([*lines, f"{self.length} {self.new_targets}"])
+
+    def read(self) -> Iterator[tuple[str, Iterable[Pair]]]:
+        """The pairs of each file."""
+        for file in self._files():
+            yield file.stem, pairs_of(file)
+
+
+@dataclass(eq=False, kw_only=True)
+class CLDRNames(FewShotTranslation):
+    """Names of languages, countries, currencies, scripts, months, days and units in some 200 languages, into English.
+
+    They come with the library Babel, from the Unicode Common Locale Data Repository (CLDR). Languages with fewer than
+    ``least`` names are left out.
+    """
+
+    least: Annotated[int, "Names that a language must have."] = 300
+    val: Annotated[tuple[str, ...], "Languages for meta-validation."] = ("da", "ro", "bg", "et")
+    test: Annotated[tuple[str, ...], "Languages for meta-testing."] = ("nl", "pt", "cs", "uk", "el", "tr", "fi", "id")
+
+    name: ClassVar[str] = "cldr"
+
+    def held_out(self) -> dict[Split, tuple[str, ...]]:
+        """As the settings say."""
+        return {"val": self.val, "test": self.test}
+
+    def source_key(self) -> str:
+        """Babel's version."""
+        try:
+            import babel
+        except ImportError as error:
+            raise ConfigError(f"tasks cldr need the library Babel; {MISSING}") from error
+        return f"babel {babel.__version__} {self.length} {self.new_targets} {self.least}"
+
+    def read(self) -> Iterator[tuple[str, Iterable[Pair]]]:
+        """The names of each language, in the order of the languages' codes."""
+        from babel import Locale
+        from babel.localedata import locale_identifiers
+
+        english = _names(Locale("en"))
+        for code in sorted(locale_identifiers()):
+            if "_" in code or code == "en":  # variants of a language have much the same names
+                continue
+            own = _names(Locale.parse(code))
+            pairs = [Pair(own[key], english[key], f"{code} {key}") for key in english if key in own]
+            if len(pairs) >= self.least:
+                yield code, pairs
+
+
+def _names(locale: Any) -> dict[str, str]:
+    """All names of a locale by kind and code."""
+    found: dict[str, str] = {}
+    for kind in ("languages", "territories", "scripts", "currencies"):
+        found |= {f"{kind} {code}": name for code, name in getattr(locale, kind).items()}
+    for kind, names in (("month", locale.months), ("day", locale.days)):
+        found |= {f"{kind} {number}": name for number, name in names["stand-alone"]["wide"].items()}
+    units = locale._data["unit_display_names"]  # Babel has no public way to list them
+    found |= {f"unit {code}": name for code, name in units.items() if isinstance(name, str)}
+    return {key: name for key, name in found.items() if isinstance(name, str) and name.split() != key.split()[-1:]}
+
+
+def encode(sentences: Iterable[str], length: int) -> NDArray[np.int32]:
+    """The bytes of each sentence and the sign of its end: [n, length + 1]."""
+    return table([[*tokens, _END] for tokens in _BYTES(list(sentences), length)], length + 1)
+
+
+def encode_pairs(pairs: Sequence[tuple[str, str]], length: int) -> NDArray[np.int32]:
+    """Sources and targets: [n, 2, length + 1]."""
+    return np.stack([encode([pair[side] for pair in pairs], length) for side in (0, 1)], 1)
+
+
+def decode(tokens_BL: Tensor) -> list[str]:
+    """The sentences that rows of tokens stand for, up to the sign of their end."""
+    made: list[str] = []
+    for row in tokens_BL.tolist():
+        ended = row[: row.index(_END)] if _END in row else row
+        made.append(bytes(token for token in ended if 0 <= token < _BYTES.vocabulary).decode("utf-8", "replace"))
+    return made
+
+
+def batch_of(examples: NDArray[Any]) -> Batch:
+    """(source, prefix, target) of rows of the data set."""
+    source, target = (torch.from_numpy(part.astype(np.int64)) for part in (examples[:, 0], examples[:, 1]))
+    prefix = target.roll(1, 1)
+    prefix[:, 0] = _BEGIN
+    prefix[prefix == _END] = PADDING  # nothing follows it
+    return source, prefix, target
+
+
+@torch.no_grad()
+def greedy(predict: Predict, source_BL: Tensor) -> Tensor:
+    """The translations that take the likeliest token each time: (B, at most L) tokens."""
+    prefix_BT = torch.full((len(source_BL), 1), _BEGIN, dtype=torch.int64, device=source_BL.device)
+    ended_B = torch.zeros(len(source_BL), dtype=torch.bool, device=source_BL.device)
+    for _ in range(source_BL.shape[1]):
+        following_B = predict(source_BL, prefix_BT)[:, -1].argmax(-1)
+        prefix_BT = torch.cat([prefix_BT, following_B[:, None]], 1)
+        ended_B |= following_B == _END
+        if bool(ended_B.all()):
+            break
+    return prefix_BT[:, 1:]
+
+
+def scores(translations: list[str], references: list[str]) -> dict[str, float]:
+    """chrF, BLEU and the share of exact translations."""
+    import sacrebleu
+
+    exact = [one == other for one, other in zip(translations, references, strict=True)]
+    return {
+        "chrf": sacrebleu.corpus_chrf(translations, [references]).score,
+        "bleu": sacrebleu.corpus_bleu(translations, [references], force=True).score,
+        "exact": sum(exact) / len(exact),
+    }
+
+
+def pairs_of(path: Path, *, optional: bool = False) -> Iterator[Pair]:
+    """The pairs of a TSV or JSON lines file; with ``optional`` the translation may be missing (empty).
+
+    Raises:
+        DataError: The file cannot be read, or a line is none, which is named.
+    """
+    if path.suffix.lower() == ".jsonl":
+        needed, more = (["source"], ["target"]) if optional else (["source", "target"], [])
+        for place, (source, target) in rows(path, needed, more):
+            yield Pair(source or "", target or "", place)
+        return
+    if path.suffix.lower() != ".tsv":
+        more = ", nor a .txt file of sentences" if optional else ""
+        raise DataError(f"{path} is neither a .tsv nor a .jsonl file of pairs{more}")
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        if len(cells) != 2 and not (optional and len(cells) == 1):
+            raise DataError(
+                f"{path}, line {number} has {len(cells)} cells; a sentence, a tab and its translation are expected: "
+                f"{json.dumps(line[:60], ensure_ascii=False)}"
+            )
+        yield Pair(cells[0].strip(), cells[1].strip() if len(cells) > 1 else "", f"{path}, line {number}")
+
+
+def _lines(path: Path) -> Iterator[Pair]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield Pair(line.strip(), "", f"{path}, line {number}")
