@@ -10,18 +10,22 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from distmeta import checkpoint as storage
+from distmeta import paths
 from distmeta.core.loss import Criterion, uses_batch_statistics
 from distmeta.core.params import split
+from distmeta.core.policy import PolicyLoss
 from distmeta.core.types import Batch, Episode, Params, TaskDistribution
-from distmeta.distributed.work import reproducible
+from distmeta.distributed.work import Shard, reproducible
 from distmeta.errors import ConfigError, RunError
 from distmeta.evaluation import Evaluation, evaluate_tasks
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
 from distmeta.outer import check_constants, check_same
 from distmeta.runs import RunFolder, storage_errors
+from distmeta.tasks.control import ControlTask
 from distmeta.tasks.own import Predictions, ReadsOwnTasks
 from distmeta.training import executor_of
 
@@ -157,8 +161,7 @@ def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkp
     Raises:
         DistmetaError: See `distmeta.errors`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already; choose another folder with --out")
+    refuse_used(out)
     experiment = assemble(run.config(), prepare=False)
     tasks = experiment.problem.tasks
     if not isinstance(tasks, ReadsOwnTasks):
@@ -181,3 +184,54 @@ def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkp
         if own.classes:
             storage.write_durably(out / "classes.json", json.dumps(own.classes, ensure_ascii=False).encode())
     return predictions
+
+
+def adapt_policy(
+    run: RunFolder, number: int, out: Path, *, checkpoint: str = "best", film: bool = False
+) -> list[dict[str, float]]:
+    """Adapts a policy to one of the unseen test tasks of a run on control.
+
+    Args:
+        run: The run.
+        number: Which of the test tasks, from 0; those that the run is evaluated on come first.
+        out: A new folder for ``adapted.safetensors`` (the adapted policy), ``rollouts.safetensors`` (the episodes
+            sampled before adaptation and after each inner step, see `distmeta.core.policy.Rollouts`), ``paths.png``
+            where observations hold a position, and with ``film`` an episode as ``before.gif`` and ``after.gif``.
+        checkpoint: ``best`` by validation, ``last``, or a step.
+
+    Returns:
+        The mean scores before adaptation and after each inner step.
+
+    Raises:
+        DistmetaError: See `distmeta.errors`.
+    """
+    refuse_used(out)
+    experiment = assemble(run.config())
+    problem = experiment.problem
+    meta = split(restore(run, experiment, checkpoint))
+    (task,) = problem.build(Shard("test", 0, number, 1))
+    if not isinstance(task, ControlTask) or not isinstance(problem.loss, PolicyLoss):
+        raise ConfigError(
+            f"{run.path} was trained on {experiment.config.tasks.use}, which is no control: give --support and --query"
+        )
+    problem.loss.module.eval()
+    path = paths.follow(problem, meta, task)
+    sampled = [data for _, data in path]
+    films = {name: task.film(data) for name, data in (("before", sampled[0]), ("after", sampled[-1]))} if film else {}
+    tensors = {f"{k}.{name}": tensor for k, data in enumerate(sampled) for name, tensor in data._asdict().items()}
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        storage.write_durably(out / "adapted.safetensors", safetensors.torch.save(path[-1][0]))
+        storage.write_durably(out / "rollouts.safetensors", safetensors.torch.save(tensors))
+        for name, frames in films.items():
+            first, *others = [Image.fromarray(frame) for frame in frames]
+            first.save(out / f"{name}.gif", save_all=True, append_images=others, duration=40, loop=0)
+        if task.tasks.position(sampled[0].observation_ETO.numpy()) is not None:
+            paths.draw(paths.of(task, sampled)).savefig(out / "paths.png", dpi=120)
+    return [{name: float(value) for name, value in problem.loss.scores(data).items()} for data in sampled]
+
+
+def refuse_used(out: Path) -> None:
+    """Raises `RunError` unless ``out`` is new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already; choose another folder with --out")

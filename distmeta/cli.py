@@ -15,12 +15,15 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distmeta.config import DEFAULT, load, packaged
 from distmeta.errors import ConfigError, DistmetaError, Stopped
+
+if TYPE_CHECKING:
+    from distmeta.tasks.own import Predictions
 
 app = typer.Typer(
     name="distmeta",
@@ -131,26 +134,55 @@ def evaluate(
 def adapt(
     run: Run,
     support: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="What to adapt to: a folder with one folder of images for each class; a CSV or JSONL file of texts "
             "and labels; a TSV file of pairs of sentences."
         ),
-    ],
-    query: Annotated[Path, typer.Option(help="What to predict: a folder of images; a file of texts or sentences.")],
-    out: Annotated[Path, typer.Option(help="New folder for predictions and adapted weights.")] = Path("adapted"),
+    ] = None,
+    query: Annotated[
+        Path | None, typer.Option(help="What to predict: a folder of images; a file of texts or sentences.")
+    ] = None,
+    task: Annotated[int | None, typer.Option(min=0, help="Control: the number of an unseen task to adapt to.")] = None,
+    film: Annotated[bool, typer.Option(help="Control: film an episode before and after.")] = False,
+    out: Annotated[Path, typer.Option(help="New folder for what comes out, and the adapted weights.")] = Path(
+        "adapted"
+    ),
     checkpoint: Which = "best",
 ) -> None:
-    """Adapts a trained run to your own task from a few examples, and predicts for others."""
+    """Adapts a trained run to a new task from a few examples, and predicts for others; or a policy, to a new goal."""
+    from distmeta.adaptation import adapt_files, adapt_policy
+    from distmeta.runs import RunFolder
+
+    folder = RunFolder.open(run)
+    if task is not None and support is None and query is None:
+        _show_scores(adapt_policy(folder, task, out, checkpoint=checkpoint, film=film))
+    elif task is None and not film and support is not None and query is not None:
+        _show_predictions(adapt_files(folder, support, query, out, checkpoint=checkpoint))
+    else:
+        raise ConfigError("adapt needs --support and --query, files of yours; or, for a run on control, --task")
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _show_scores(rows: list[dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmeta.evaluation import show_value
+
+    table = Table("inner step", *rows[0])
+    for step, scores in enumerate(rows):
+        table.add_row(str(step), *(show_value(name, value) for name, value in scores.items()))
+    Console().print(table)
+
+
+def _show_predictions(predictions: Predictions) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from distmeta.adaptation import adapt_files
     from distmeta.evaluation import show_value
-    from distmeta.runs import RunFolder
 
-    predictions = adapt_files(RunFolder.open(run), support, query, out, checkpoint=checkpoint)
     table = Table(*predictions.columns[:3])
     for row in predictions.rows[:20]:
         table.add_row(*(escape(cell) for cell in row[:3]))
@@ -159,7 +191,6 @@ def adapt(
         print(f"… and {len(predictions.rows) - 20} more")
     for name, value in predictions.scores.items():
         print(f"{name} {show_value(name, value)} of {len(predictions.rows)} whose truth is given")
-    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 @command

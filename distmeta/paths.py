@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from distmeta.core.policy import Rollouts
-from distmeta.distributed.work import reproducible
+from distmeta.core.types import MetaParams, Params, Task
+from distmeta.distributed.work import Problem, reproducible
 from distmeta.episode import first_test_task
 from distmeta.errors import DataError
 from distmeta.experiment import Experiment
@@ -29,6 +31,13 @@ class Paths:
     """The mean return of each of ``positions``."""
 
 
+def follow(problem: Problem, meta: MetaParams, task: Task) -> list[tuple[Params, Rollouts]]:
+    """Adapts to ``task``: the parameters before adaptation and after each inner step, and a query set of each."""
+    with reproducible(problem.threads, 0):
+        steps = problem.algorithm.trajectory(meta, task, problem.loss)
+        return [(step.params, Rollouts(*task.query(step.params))) for step in steps]
+
+
 def sample_first(run: RunFolder, experiment: Experiment) -> Paths:
     """Adapts to the first of the test tasks that the run is evaluated on, and samples it with every policy on the way.
 
@@ -36,20 +45,25 @@ def sample_first(run: RunFolder, experiment: Experiment) -> Paths:
         CheckpointError: There is no checkpoint yet, or it is damaged or of another model.
         DataError: The observations do not say where something is.
     """
-    problem = experiment.problem
     meta, task = first_test_task(run, experiment)
     assert isinstance(task, ControlTask)
+    return of(task, [data for _, data in follow(experiment.problem, meta, task)])
+
+
+def of(task: ControlTask, sampled: Sequence[Rollouts]) -> Paths:
+    """The paths of episodes that were sampled before adaptation and after each inner step.
+
+    Raises:
+        DataError: The observations do not say where something is.
+    """
     positions: list[list[Floats]] = []
-    returns: list[float] = []
-    with reproducible(problem.threads, 0):
-        for step in problem.algorithm.trajectory(meta, task, problem.loss):
-            data = Rollouts(*task.query(step.params))
-            at = task.tasks.position(data.observation_ETO.numpy())
-            if at is None:
-                raise DataError("only tasks whose observations hold a position in the plane can be drawn")
-            lengths = data.valid_ET.sum(1).int().tolist()
-            positions.append([path[:length] for path, length in zip(at, lengths, strict=True)])
-            returns.append(float(data.score_EM[:, 0].mean()))
+    for data in sampled:
+        at = task.tasks.position(data.observation_ETO.numpy())
+        if at is None:
+            raise DataError("only tasks whose observations hold a position in the plane can be drawn")
+        lengths = data.valid_ET.sum(1).int().tolist()
+        positions.append([path[:length] for path, length in zip(at, lengths, strict=True)])
+    returns = [float(data.score_EM[:, 0].mean()) for data in sampled]
     return Paths(task.tasks.goal_position(task.goal), positions, returns)
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 from problems import relative_error
 
 import distmeta
-from distmeta import MAML, MAMLpp, MetaSGD, ProMP, Reptile, RunFolder
+from distmeta import MAML, MAMLpp, MetaSGD, ProMP, RunFolder
 from distmeta.core.algorithm import Bilevel
 from distmeta.core.params import Layout, join, split
 from distmeta.core.policy import PolicyLoss, Rollouts
@@ -406,6 +411,58 @@ def test_promp_is_for_control_alone(tmp_path: Path) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on Meta-World that has learned next to nothing."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    settings = [*SETTINGS, *CASES["ml1-reach-maml-trpo"], "train.steps=1", "evaluation.tasks=0"]
+    distmeta.train("ml1-reach-maml-trpo", *settings, "scaling.num_workers=0", f"run_dir={path}")
+    return path
+
+
+def adapt(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distmeta", "adapt", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=200)
+
+
+def test_a_policy_is_adapted_to_an_unseen_goal(trained: Path, tmp_path: Path) -> None:
+    film = ["--film"] if ctypes.util.find_library("OSMesa") else []
+    done = adapt(trained, "--task", 2, "--out", tmp_path / "out", *film, MUJOCO_GL="osmesa" if film else "")
+    assert done.returncode == 0, done.stderr
+    assert "success" in done.stdout
+    saved = safetensors.torch.load_file(tmp_path / "out" / "rollouts.safetensors")
+    adapted = safetensors.torch.load_file(tmp_path / "out" / "adapted.safetensors")
+    assert saved["1.observation_ETO"].shape == (2, 8, 39)
+    start = RunFolder.open(trained).checkpoint("best").params
+    assert all(adapted[name.removeprefix("model.")].shape == tensor.shape for name, tensor in start.items())
+    assert not torch.equal(adapted["head.bias"], start["model.head.bias"])
+    assert (tmp_path / "out" / "paths.png").exists()
+    if film:
+        with Image.open(tmp_path / "out" / "after.gif") as picture:
+            assert picture.n_frames == 2
+            assert picture.size == (320, 320)
+    again = adapt(trained, "--task", 2, "--out", tmp_path / "out")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "exists already; choose another folder with --out" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "adapt needs --support and --query, files of yours; or, for a run on control, --task"),
+        (["--task", 1, "--support", "x"], "adapt needs --support and --query, files of yours; or"),
+        (["--support", "x", "--query", "y"], "metaworld, which reads no tasks from files"),
+        (["--task", -1], "Invalid value for '--task'"),
+    ],
+)
+def test_what_cannot_be_adapted_to_is_refused(arguments: list, message: str, trained: Path, tmp_path: Path) -> None:
+    done = adapt(trained, *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_reptile_and_discrete_actions(tmp_path: Path) -> None:
     """Any algorithm that needs no labels, any environment of gymnasium."""
     run = distmeta.train(
@@ -415,4 +472,3 @@ def test_reptile_and_discrete_actions(tmp_path: Path) -> None:
         f"run_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert json.loads((run.path / "summary.json").read_text())["test"]["after"]["mean"] > 1
-    assert isinstance(Reptile(), Reptile)

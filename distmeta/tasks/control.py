@@ -6,6 +6,8 @@ An environment of one's own is a subclass of `Control` (any simulator that steps
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -163,8 +165,7 @@ class ControlTask:
         params = {key: tensor.detach() for key, tensor in params.items()}
         first = next(iter(params.values()))
         device, dtype = first.device, first.dtype
-        rng = stream(self.key, name, number)
-        seeds = [int(seed) for seed in rng.integers(2**31, size=self.episodes)]
+        rng, seeds = self._stream(name, number)
         noise = torch.from_numpy(kind.noise(rng, (self.horizon, self.episodes), tasks.spaces.actions)).to(device, dtype)
         observations, actions, outputs, rewards, valid, success = [], [], [], [], [], np.zeros(self.episodes)
         simulator = tasks.simulator(self.goal, self.episodes)
@@ -205,6 +206,23 @@ class ControlTask:
             torch.stack(scores, 1).to(device, dtype),
         )
 
+    def _stream(self, name: str, number: int) -> tuple[np.random.Generator, list[int]]:
+        """The stream of one sampling, and the seeds of its episodes, which are drawn from it first."""
+        rng = stream(self.key, name, number)
+        return rng, [int(seed) for seed in rng.integers(2**31, size=self.episodes)]
+
+    def film(self, query: Rollouts, every: int = 4) -> list[NDArray[np.uint8]]:
+        """Pictures (H, W, 3) of the first episode of a query set that this task has sampled, each ``every`` steps.
+
+        Raises:
+            ConfigError: The environment makes no pictures, or there is nothing to render with.
+        """
+        if not isinstance(self.tasks, GymControl):
+            raise ConfigError(f"the environment {type(self.tasks).__name__} makes no pictures: leave out the film")
+        _, seeds = self._stream("query", 0)
+        actions = query.action_ETA[0, : int(query.valid_ET[0].sum())].cpu().numpy()
+        return self.tasks.film(self.goal, seeds[0], actions, every)
+
     def _stepped(self, call: Callable[[], Any]) -> Any:
         """What the simulator gives, its time counted and its exceptions named."""
         start = time.perf_counter()
@@ -228,6 +246,16 @@ class ControlTask:
                 f"the {what} of the environment {type(self.tasks).__name__} is not finite in episode {episode}, step "
                 f"{t}, at the goal {_short(self.goal)} (streams of {self.key})"
             )
+
+
+def before_mujoco() -> None:
+    """To be called before MuJoCo is imported.
+
+    Mesa's software renderer (MUJOCO_GL=osmesa) and triton, which torch imports when it needs it, each bring LLVM; the
+    process crashes where Mesa's is loaded first.
+    """
+    if os.environ.get("MUJOCO_GL") == "osmesa" and importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
 
 
 def _short(goal: Any) -> str:
@@ -285,8 +313,8 @@ class GymControl(Control):
         return self.__dict__ | {"_made": {}}  # environments are made anew where they are used
 
     @abstractmethod
-    def make(self, name: str) -> Any:
-        """A new environment called ``name``."""
+    def make(self, name: str, **options: Any) -> Any:
+        """A new environment called ``name``, with ``options`` such as gymnasium's ``render_mode``."""
 
     def name(self, goal: Any) -> str:
         """Which environment ``goal`` is a task of, where there are several."""
@@ -305,6 +333,35 @@ class GymControl(Control):
         made = self._made.setdefault(name, [])
         made += [self.make(name) for _ in range(episodes - len(made))]
         return GymCopies(self, made[:episodes])
+
+    def film(self, goal: Any, seed: int, action_TA: NDArray[Any], every: int) -> list[NDArray[np.uint8]]:
+        """See `ControlTask.film`; the episode is stepped through once more in an environment that makes pictures."""
+        try:
+            env = self.make(self.name(goal), **self.camera)
+            simulator, frames = GymCopies(self, [env]), list[NDArray[np.uint8]]()
+            simulator.reset(goal, [seed])
+            for t, action in enumerate(action_TA):
+                if t % every == 0:
+                    frames.append(self.frame(env.render()))
+                simulator.step(action[None])
+            env.close()
+        except DistmetaError:
+            raise
+        except Exception as error:  # whatever the renderer raises where there is no display
+            raise ConfigError(
+                f"the film cannot be rendered ({type(error).__name__}: {one_line(error)}). Without a display, set "
+                "MUJOCO_GL=egl (a GPU) or MUJOCO_GL=osmesa (Debian's package libosmesa6)"
+            ) from error
+        return frames
+
+    @property
+    def camera(self) -> dict[str, Any]:
+        """Options of an environment that makes pictures."""
+        return {"render_mode": "rgb_array"}
+
+    def frame(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A picture as people are to see it."""
+        return picture
 
     def first_name(self) -> str:
         """The name of one of the environments: all of them have the same observations and actions."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from distmeta.core.types import Split
 from distmeta.errors import ConfigError, one_line
-from distmeta.tasks.control import Floats, GymControl
+from distmeta.tasks.control import Floats, GymControl, before_mujoco
 
 
 @dataclass(eq=False)
@@ -33,11 +33,11 @@ class Gym(GymControl):
         """There is but one task."""
         return None
 
-    def make(self, name: str) -> Any:
+    def make(self, name: str, **options: Any) -> Any:
         """See `GymControl.make`."""
         gymnasium = _gymnasium()
         try:
-            return gymnasium.make(self.env, max_episode_steps=max(self.horizon, self.test_horizon or 0))
+            return gymnasium.make(self.env, max_episode_steps=max(self.horizon, self.test_horizon or 0), **options)
         except Exception as error:  # gymnasium's own errors, and whatever the environment's constructor raises
             raise ConfigError(f"tasks.env: gymnasium cannot make {self.env!r}: {one_line(error)}") from error
 
@@ -108,6 +108,7 @@ class Ant(Gym):
 
 
 def _gymnasium() -> Any:
+    before_mujoco()
     try:
         import gymnasium
     except ImportError as error:

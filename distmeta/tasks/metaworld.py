@@ -9,10 +9,11 @@ from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distmeta.core.types import Split
 from distmeta.errors import ConfigError, at_least, nearest
-from distmeta.tasks.control import Floats, GymControl
+from distmeta.tasks.control import Floats, GymControl, before_mujoco
 
 LARGE = ("ML10", "ML25", "ML45")
 LONGEST = 500  # time steps of an episode
@@ -95,9 +96,18 @@ class MetaWorld(GymControl):
         """See `GymControl.name`."""
         return goal.environment
 
-    def make(self, name: str) -> Any:
+    def make(self, name: str, **options: Any) -> Any:
         """See `GymControl.make`."""
-        return package().env_dict.ALL_V3_ENVIRONMENTS[name]()
+        return package().env_dict.ALL_V3_ENVIRONMENTS[name](**options)
+
+    @property
+    def camera(self) -> dict[str, Any]:
+        """See `GymControl.camera`."""
+        return super().camera | {"camera_name": "corner2", "width": 320, "height": 320}
+
+    def frame(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Turned: Meta-World's cameras stand on their heads."""
+        return picture[::-1, ::-1]
 
     def apply(self, env: Any, goal: Goal) -> None:
         """Sets one of Meta-World's tasks."""
@@ -132,6 +142,7 @@ def package() -> ModuleType:
     Raises:
         ConfigError: It is not installed.
     """
+    before_mujoco()
     try:
         import metaworld
     except ImportError as error:
