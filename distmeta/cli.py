@@ -1,4 +1,4 @@
-"""The command line: ``distmeta train | resume | evaluate | adapt | tune | status | report | data | config``.
+"""The command line: ``distmeta train | resume | evaluate | adapt | tune | status | replay | report | data | config``.
 
 Exit codes: 0 success, 2 the user's mistake (one clear message on standard error), 130 after a stop by signal with the
 state saved, 1 anything else.
@@ -225,6 +225,34 @@ def status(run: Run) -> None:
     from distmeta.runs import RunFolder
 
     print(describe_run(RunFolder.open(run)))
+
+
+@command
+def replay(
+    run: Run,
+    step: Annotated[int, typer.Option(help="Outer step, from 0.")],
+    task: Annotated[int, typer.Option(help="Index of the task in the meta-batch, from 0.")],
+) -> None:
+    """Adapts once more to one task of a run, and shows its losses: to see why it failed or was skipped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmeta.replay import replay as go_back
+
+    seen = go_back(run, step, task)
+    columns = list(dict.fromkeys(name for row in reversed(seen.rows) for name in row))
+    table = Table("inner step", *columns)
+    for k, row in enumerate(seen.rows):
+        table.add_row(str(k), *(f"{row[name]:.6g}" if name in row else "" for name in columns))
+    print(f"task {task} of step {step}, at the parameters that it had then ({seen.rerun} outer steps done again)")
+    Console().print(table)
+    if seen.failure:
+        print(f"its meta-gradient cannot be taken: {seen.failure}")
+    else:
+        norms = Table("meta-gradient of", "norm")
+        for name, norm in seen.gradients.items():
+            norms.add_row(name, f"{norm:.6g}")
+        Console().print(norms)
 
 
 @command

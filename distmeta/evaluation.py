@@ -10,8 +10,8 @@ import numpy as np
 
 from distmeta.core.loss import uses_batch_statistics
 from distmeta.core.types import Episode, Split
-from distmeta.distributed.executor import Executor
-from distmeta.distributed.work import JUDGED, Problem, ShardResult, shards_of
+from distmeta.distributed.executor import Executor, gather
+from distmeta.distributed.work import JUDGED, Problem, shards_of
 
 log = logging.getLogger("distmeta")
 
@@ -81,11 +81,6 @@ def nearest_neighbour(
         return None
     results = executor.map("nearest_neighbour", vector, shards_of(split, 0, tasks, shard_size))
     return mean_ci(gather(results)["accuracy"])
-
-
-def gather(results: list[ShardResult]) -> dict[str, np.ndarray]:
-    """The metrics of all tasks in task order, each an array whose first axis counts tasks."""
-    return {name: np.concatenate([result.metrics[name] for result in results]) for name in results[0].metrics}
 
 
 def better(evaluation: Evaluation, than: float | None) -> bool:

@@ -101,6 +101,7 @@ def assemble(
         layout=Layout.of(initial),
         seed=config.seed,
         strategy=config.train.strategy,
+        on_failure=config.train.on_failure,
         threads=config.scaling.threads_per_worker,
         device="cuda" if config.scaling.use_gpu else "cpu",
         judge=None if spec is None else spec.judge,

@@ -19,8 +19,9 @@ class MetricsLog:
     A line of kind ``train`` holds the step, means over the stretch (loss and accuracy as the algorithm gives them:
     MAML's are of the query set, Reptile's of the last mini-batch; ``grad_norm``, ``lr``),
     ``tasks_per_second`` and the seconds of each part: ``map`` (waiting for the shards), ``reduce``, ``outer``,
-    ``validation``, ``checkpoint`` on the driver, and ``sample`` and ``adapt`` summed over workers. A line of kind
-    ``val`` holds an evaluation.
+    ``validation``, ``checkpoint`` on the driver, and ``sample`` and ``adapt`` summed over workers. Where tasks were
+    skipped, ``skipped`` lists their ``step`` (from 0), ``task`` (the index in the meta-batch) and the reason ``why``. A
+    line of kind ``val`` holds an evaluation.
     """
 
     def __init__(self, run: RunFolder, step: int) -> None:
@@ -29,6 +30,7 @@ class MetricsLog:
         self._seconds: list[dict[str, float]] = []
         self._tasks = 0
         self._retries = 0
+        self._skipped: list[dict[str, Any]] = []
         self._step = step
 
     def __enter__(self) -> Self:
@@ -51,6 +53,10 @@ class MetricsLog:
         self._rows.append(dict(metrics))
         self._seconds.append(dict(seconds))
 
+    def skip(self, step: int, task: int, why: str) -> None:
+        """Takes in that a task was left out of outer step ``step``."""
+        self._skipped.append({"step": step, "task": task, "why": why})
+
     def flush(self) -> None:
         """Writes the line of the steps taken in since the last one, if there are any."""
         if not self._rows:
@@ -61,10 +67,12 @@ class MetricsLog:
         wall = sum(spent[part] for part in ("map", "reduce", "outer"))
         record = means | {"kind": "train", "step": self._step, "steps": len(self._rows)}
         record |= {"tasks": self._tasks, "tasks_per_second": self._tasks / wall, "retries": self._retries}
+        if self._skipped:
+            record["skipped"] = self._skipped
         self._write(record | {"seconds": spent})
         for name, value in (means | {"tasks_per_second": record["tasks_per_second"]}).items():
             self._board.add_scalar(f"train/{name}", value, self._step)
-        self._rows, self._seconds, self._tasks = [], [], 0
+        self._rows, self._seconds, self._tasks, self._skipped = [], [], 0, []
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
         """Writes the line of a validation."""

@@ -152,6 +152,7 @@ def _cells(run: History) -> dict[str, str]:
         "last validation": f"{validation.metric} {_interval(validation, 'after')}" if validation else "",
         "seconds of meta-training": f"{seconds.total_seconds():,.1f}" if run.train else "",
         "tasks per second": f"{seconds.tasks_per_second():,.1f}" if run.train else "",
+        "tasks skipped": str(sum(len(line.skipped) for line in run.train) or ""),
         "seed": str(run.config.seed),
         "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) if summary else "",
         "folder": str(run.run.path),

@@ -21,10 +21,11 @@ from distmeta.config import Config, load
 from distmeta.core.loss import Criterion
 from distmeta.core.params import join, split
 from distmeta.core.types import TaskDistribution
-from distmeta.distributed.executor import Executor, InProcess, MetaBatch, reduce_mean
+from distmeta.distributed.executor import Executor, InProcess, MetaBatch, gather, reduce_mean
+from distmeta.distributed.passes import vectorise
 from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError, Stopped
-from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, gather, nearest_neighbour, show
+from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, nearest_neighbour, show
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble
 from distmeta.metrics import MetricsLog
 from distmeta.outer import OuterLoop, check_constants
@@ -226,10 +227,14 @@ class Training:
             theta, shards = outer.vector(), self._shards(outer.step)
             results = self.executor.map("meta_gradient", theta, shards, upcoming)
             clock.lap("map")
-            gradient = reduce_mean(results, settings.meta_batch_size)
+            gradient = reduce_mean(results)
             clock.lap("reduce")
+            skipped = {index: reason for result in results for index, reason in result.skipped.items()}
+            for index, reason in skipped.items():
+                log.warning("task %d of step %d is skipped: %s", index, outer.step, reason)
+                metrics.skip(outer.step, index, reason)
             with reproducible(1, 0):
-                record = outer.update(gradient, MetaBatch(self.executor, theta, shards, settings.meta_batch_size))
+                record = outer.update(gradient, MetaBatch(self.executor, theta, shards))
             clock.lap("outer")
         except DistmetaError:
             if outer.sound():
@@ -243,7 +248,9 @@ class Training:
         for part in results[0].seconds:
             clock.seconds[part] = sum(result.seconds[part] for result in results)
         clock.seconds["checkpoint"], self._saving = self._saving, 0.0
-        metrics.add(outer.step, settings.meta_batch_size, means | record, clock.seconds, self.executor.retries)
+        metrics.add(
+            outer.step, settings.meta_batch_size - len(skipped), means | record, clock.seconds, self.executor.retries
+        )
         is_best = self.best is not None and self.best["step"] == outer.step
         if is_best or outer.step % config.checkpoint.every == 0:
             self._save(run, metrics)
@@ -318,7 +325,7 @@ class Training:
         meta = split({name: parameter.detach() for name, parameter in self.outer.params.items()})
         problem.loss.module.eval()  # dropout would draw other masks
         with reproducible(problem.threads, 0):
-            both = join(problem.vectorised(meta, tasks, 0).gradient)
+            both = join(vectorise(problem, meta, tasks, 0).gradient)
             one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss, step=0).gradient)
         problem.loss.module.train()
         difference = problem.layout.pack({name: both[name][0] - tensor for name, tensor in one.items()})

@@ -89,7 +89,7 @@ def small():
 def test_killed_workers_change_nothing(small, ray_cluster: None) -> None:
     problem, theta = small
     steps = [shards_of("train", step, 12, 2) for step in range(30)]
-    expected = [reduce_mean(InProcess(problem).map("meta_gradient", theta, shards), 12) for shards in steps]
+    expected = [reduce_mean(InProcess(problem).map("meta_gradient", theta, shards)) for shards in steps]
     with RayPool(problem, Scaling(num_workers=2), most=6) as pool:
         done = threading.Event()
 
@@ -104,7 +104,7 @@ def test_killed_workers_change_nothing(small, ray_cluster: None) -> None:
             deadline = time.monotonic() + 120
             while pool.retries < 4 and time.monotonic() < deadline:
                 for shards, wanted in zip(steps, expected, strict=True):
-                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards), 12), wanted)
+                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards)), wanted)
         finally:
             done.set()
             killer.join()

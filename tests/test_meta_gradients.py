@@ -159,7 +159,7 @@ def test_reptile_moves_theta_to_the_mean_of_the_adapted_weights() -> None:
     problem, theta = problem_of(Reptile(inner_optimizer="sgd", inner_lr=0.1), model, Blobs(shape, dtype=DOUBLE))
     results = InProcess(problem).map("meta_gradient", theta, shards_of("train", 0, 5, 2))
     outer = OuterLoop(Outer(use="SGD", lr=0.25), problem.layout.unpack(theta), problem.layout)
-    outer.update(reduce_mean(results, 5))
+    outer.update(reduce_mean(results))
 
     adapted = []
     for shard in shards_of("train", 0, 5, 1):

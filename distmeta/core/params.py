@@ -61,6 +61,10 @@ class Layout:
         """Number of scalars."""
         return sum(prod(shape) for shape in self.shapes)
 
+    def zeros(self) -> np.ndarray:
+        """The vector of nothing."""
+        return torch.zeros(self.size, dtype=self.dtype).numpy()
+
     def pack(self, params: Params) -> np.ndarray:
         """One vector of all parameters, in host memory."""
         flat = torch.cat([params[name].detach().reshape(-1) for name in self.names])

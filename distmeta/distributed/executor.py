@@ -8,6 +8,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work
+from distmeta.errors import NumericalError
 
 
 class Executor(Protocol):
@@ -67,32 +68,47 @@ class InProcess:
         pass
 
 
-def reduce_mean(results: Sequence[ShardResult], tasks: int) -> np.ndarray:
-    """The mean meta-gradient: shard sums added in shard order, divided by the number of tasks."""
+def reduce_mean(results: Sequence[ShardResult]) -> np.ndarray:
+    """The mean over tasks: shard sums added in shard order, divided by the number of tasks that are in them.
+
+    Raises:
+        NumericalError: Every task has been skipped.
+    """
     total: np.ndarray | None = None
     for result in results:
         assert result.total is not None
         total = result.total.copy() if total is None else np.add(total, result.total, out=total)
     assert total is not None
+    tasks = sum(result.tasks for result in results)
+    if not tasks:
+        reasons = [reason for result in results for reason in result.skipped.values()]
+        raise NumericalError(
+            f"all {len(reasons)} tasks of an outer step were skipped; the first one, since {reasons[0]}"
+        )
     return np.divide(total, tasks, out=total)
 
 
 class MetaBatch:
     """Further passes over the data that the tasks of an outer step have sampled at ``theta``."""
 
-    def __init__(self, executor: Executor, theta: np.ndarray, shards: Sequence[Shard], tasks: int) -> None:
-        self.executor, self.theta, self.shards, self.tasks = executor, theta, shards, tasks
+    def __init__(self, executor: Executor, theta: np.ndarray, shards: Sequence[Shard]) -> None:
+        self.executor, self.theta, self.shards = executor, theta, shards
 
     def gradient(self, at: np.ndarray) -> np.ndarray:
         """The mean meta-gradient at other meta-parameters."""
-        return reduce_mean(self.executor.map("meta_gradient", self.theta, self.shards, second=at), self.tasks)
+        return reduce_mean(self.executor.map("meta_gradient", self.theta, self.shards, second=at))
 
     def curvature(self, direction: np.ndarray) -> np.ndarray:
         """The product of a direction and the Hessian of the mean divergence of adapted policies at theta."""
-        return reduce_mean(self.executor.map("curvature", self.theta, self.shards, second=direction), self.tasks)
+        return reduce_mean(self.executor.map("curvature", self.theta, self.shards, second=direction))
 
     def objective(self, at: np.ndarray) -> tuple[float, float]:
         """The mean of what the outer loop descends, and of the adapted policies' divergence from those of theta."""
-        results = self.executor.map("objective", self.theta, self.shards, second=at)
-        loss, kl = (np.concatenate([result.metrics[name] for result in results]) for name in ("loss", "kl"))
-        return float(loss.mean(dtype=np.float64)), float(kl.mean(dtype=np.float64))
+        metrics = gather(self.executor.map("objective", self.theta, self.shards, second=at))
+        return float(metrics["loss"].mean(dtype=np.float64)), float(metrics["kl"].mean(dtype=np.float64))
+
+
+def gather(results: Sequence[ShardResult]) -> dict[str, np.ndarray]:
+    """The metrics of all tasks in task order, each an array whose first axis counts tasks."""
+    some = [result.metrics for result in results if result.metrics]
+    return {name: np.concatenate([metrics[name] for metrics in some]) for name in some[0]} if some else {}

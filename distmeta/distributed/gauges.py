@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from distmeta.distributed.executor import gather
 from distmeta.distributed.work import ShardResult
 
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]  # bounds of the histogram's buckets
@@ -31,12 +32,11 @@ class Gauges:
 
     def step(self, results: Sequence[ShardResult], seconds: float, workers: int) -> None:
         """The shards of one outer step have come back after ``seconds``."""
-        tasks = sum(len(result.metrics["loss"]) for result in results)
+        tasks = sum(result.tasks for result in results)
         self._speed.set(tasks / seconds, self._tags)
         self._workers.set(workers, self._tags)
         self._tasks.inc(tasks, self._tags)
-        for name in results[0].metrics:
-            values = np.concatenate([np.ravel(result.metrics[name]) for result in results])
-            self._metric.set(float(values.mean()), self._tags | {"metric": name})
+        for name, values in gather(results).items():
+            self._metric.set(float(np.mean(values)), self._tags | {"metric": name})
         for result in results:
             self._shard.observe(sum(result.seconds.values()), self._tags)

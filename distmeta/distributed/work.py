@@ -18,17 +18,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from distmeta.core.algorithm import Bilevel, MetaAlgorithm
-from distmeta.core.gradients import function_transforms
+from distmeta.core.algorithm import MetaAlgorithm
 from distmeta.core.loss import PureModule, uses_batch_statistics
-from distmeta.core.params import Layout, join, split
-from distmeta.core.policy import PolicyLoss
+from distmeta.core.params import Layout, split
 from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import (
-    Batch,
     Episode,
     Judge,
-    MetaGradient,
     MetaParams,
     Params,
     Recorded,
@@ -36,7 +32,8 @@ from distmeta.core.types import (
     Task,
     TaskDistribution,
 )
-from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError, one_line
+from distmeta.distributed.passes import Pass, Recordings, stack_metrics, train_pass
+from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
 Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap"]
@@ -64,11 +61,15 @@ class ShardResult(NamedTuple):
     """What comes back for one shard."""
 
     total: np.ndarray | None
-    """Sum over the shard's tasks of their meta-gradients as one flat vector; None for other work."""
+    """Sum over the shard's tasks of their meta-gradients as one flat vector; None for work that has none."""
     metrics: dict[str, np.ndarray]
     """For each metric an array whose first axis counts the shard's tasks."""
     seconds: dict[str, float]
     """Time spent building tasks (``sample``), in control on ``environment`` and ``policy``, and else (``adapt``)."""
+    tasks: int
+    """How many tasks the sum is of."""
+    skipped: dict[int, str]
+    """Tasks that were left out, by their index in the meta-batch, with the reason."""
 
 
 @contextmanager
@@ -113,26 +114,6 @@ def span(shard: Shard) -> str:
     return f"tasks {shard.first}-{shard.first + shard.size - 1} of step {shard.step} (split {shard.split})"
 
 
-class Recordings:
-    """A cache of the data that tasks have sampled in one outer step, at one vector, for further passes over them."""
-
-    def __init__(self) -> None:
-        self._step = -1
-        self._vector = np.empty(0)
-        self._tasks: dict[Shard, list[Task]] = {}
-
-    def of(self, vector: np.ndarray, shard: Shard) -> list[Task] | None:
-        """The tasks of ``shard`` with the data sampled at ``vector``, if they are here."""
-        same = self._step == shard.step and np.array_equal(self._vector, vector)
-        return self._tasks.get(shard) if same else None
-
-    def keep(self, vector: np.ndarray, shard: Shard, tasks: list[Task]) -> None:
-        """Keeps them; those of another step or vector are dropped."""
-        if self._step != shard.step or not np.array_equal(self._vector, vector):
-            self._step, self._vector, self._tasks = shard.step, vector.copy(), {}
-        self._tasks[shard] = tasks
-
-
 @dataclass
 class Problem:
     """Everything that a worker needs beside the meta-parameters and the name of a shard."""
@@ -143,6 +124,7 @@ class Problem:
     layout: Layout
     seed: int
     strategy: Strategy = "loop"
+    on_failure: Literal["raise", "skip"] = "raise"
     threads: int = 1
     device: str = "cpu"
     judge: Judge | None = None
@@ -186,130 +168,30 @@ class Problem:
             self.loss.module.train(work == "meta_gradient")
             meta = split(self.layout.unpack(vector, self.device))
             tasks = [to_device(task, self.device) for task in tasks]
+            done = Pass()
             if work == "evaluate":
-                total = None
                 metrics = stack_metrics([self._evaluate(meta, task, shard.split == "test") for task in tasks])
             elif work == "nearest_neighbour":
-                total = None
                 metrics = stack_metrics([self._nearest_neighbour(meta, task) for task in tasks])
             else:
-                total, metrics = self._train(work, meta, vector, tasks, shard, second)
+                done = train_pass(self, work, vector, dict(enumerate(tasks, shard.first)), shard, second)
+                metrics = done.metrics
         sampling = sampling_seconds(tasks)
         adapting = time.perf_counter() - built - sum(sampling.values())
-        return ShardResult(total, metrics, {"sample": built - start, "adapt": adapting} | sampling)
+        seconds = {"sample": built - start, "adapt": adapting} | sampling
+        return ShardResult(done.total, metrics, seconds, len(tasks) - len(done.skipped), done.skipped)
 
     def build(self, shard: Shard) -> list[Task]:
         """The shard's tasks, each from its own random stream."""
         tasks: list[Task] = []
         for index in range(shard.first, shard.first + shard.size):
-            with named(f"building {self._name(shard, index)}"):
+            with named(f"building {self.name(shard, index)}"):
                 tasks.append(self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split))
         return tasks
 
-    def _name(self, shard: Shard, index: int) -> str:
+    def name(self, shard: Shard, index: int) -> str:
+        """A task, for messages."""
         return f"task {index} of step {shard.step} (split {shard.split}, seed {self.seed})"
-
-    def _train(
-        self,
-        work: Work,
-        meta: MetaParams,
-        vector: np.ndarray,
-        tasks: list[Task],
-        shard: Shard,
-        second: np.ndarray | None,
-    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-        """A pass over the shard's tasks, the first or, with ``second``, a further one over the data of the first."""
-        if not isinstance(tasks[0], Episode):
-            kept = self.recordings.of(vector, shard)
-            if kept is None:
-                kept = list[Task](map(Recorded, tasks))
-                if second is not None:  # sampled on a worker that has been lost: the same once more
-                    self._meta_gradients(meta, kept, shard)
-                self.recordings.keep(vector, shard, kept)
-            tasks = kept
-        other = meta if second is None else split(self.layout.unpack(second, self.device))
-        if work == "meta_gradient":
-            return self._meta_gradients(other, tasks, shard)
-        algorithm, loss = self.algorithm, self.loss
-        assert isinstance(algorithm, Bilevel)
-        assert isinstance(loss, PolicyLoss)
-        if work == "curvature":
-            total: Params = {}
-            for task in tasks:
-                add(total, join(algorithm.curvature(meta, task, loss, other, step=shard.step)))
-            return self.layout.pack(total), {}
-        rows: list[dict[str, np.ndarray]] = []
-        for task in tasks:
-            variables = split({name: tensor.requires_grad_() for name, tensor in join(other).items()})
-            value, _ = algorithm.objective(variables, task, loss, step=shard.step)
-            divergence = algorithm.divergence(variables, task, loss, step=shard.step)
-            rows.append({"loss": value.detach().cpu().numpy(), "kl": divergence.detach().cpu().numpy()})
-        return None, stack_metrics(rows)
-
-    def _meta_gradients(
-        self, meta: MetaParams, tasks: list[Task], shard: Shard
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        if self.strategy == "vmap":
-            result = self.vectorised(meta, tasks, shard.step)
-            metrics = {name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()}
-            joined = {name: tensor.sum(0) for name, tensor in join(result.gradient).items()}
-            if not all(bool(tensor.isfinite().all()) for tensor in joined.values()):
-                for i in range(shard.size):
-                    self._check({k: v[i] for k, v in join(result.gradient).items()}, shard, shard.first + i)
-        else:
-            joined, rows = {}, []
-            for i, task in enumerate(tasks):
-                result = self.algorithm.meta_gradient(meta, task, self.loss, step=shard.step)
-                gradient = join(result.gradient)
-                self._check(gradient, shard, shard.first + i)
-                rows.append({name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()})
-                add(joined, gradient)
-            metrics = stack_metrics(rows)
-        for i in np.flatnonzero(~np.isfinite(metrics["loss"])):
-            raise NumericalError(self._not_finite("loss", float(metrics["loss"][i]), shard, shard.first + int(i)))
-        for i in range(shard.size):
-            if complaint := self.algorithm.complaint({name: float(values[i]) for name, values in metrics.items()}):
-                raise NumericalError(f"{self._name(shard, shard.first + i)}: {complaint}")
-        return self.layout.pack(joined), metrics
-
-    def vectorised(self, meta: MetaParams, tasks: list[Task], step: int) -> MetaGradient:
-        """The meta-gradients of all tasks at once, each tensor with a leading axis that counts tasks.
-
-        Raises:
-            ConfigError: The tasks are not episodes of one shape.
-        """
-        if not all(isinstance(task, Episode) for task in tasks):
-            raise ConfigError("train.strategy: vmap needs supervised episodes; these tasks want train.strategy: loop")
-        try:
-            support, query = (
-                tuple(torch.stack(column) for column in zip(*sets, strict=True))
-                for sets in (
-                    [task.support_set for task in tasks],  # pyright: ignore[reportAttributeAccessIssue]
-                    [task.query_set for task in tasks],  # pyright: ignore[reportAttributeAccessIssue]
-                )
-            )
-        except RuntimeError as error:
-            raise ConfigError(
-                f"train.strategy: vmap needs tasks of one shape ({error}); train.strategy: loop takes any"
-            ) from error
-
-        def one(support_set: Batch, query_set: Batch) -> MetaGradient:
-            return self.algorithm.meta_gradient(meta, Episode(support_set, query_set), self.loss, step=step)
-
-        with function_transforms():
-            return torch.vmap(one, randomness="different")(support, query)
-
-    def _check(self, gradient: Params, shard: Shard, index: int) -> None:
-        for name, tensor in gradient.items():
-            # One reduction, no mask: a sum is finite unless an element is not (or it overflows, as bad for training).
-            if not bool(tensor.sum().isfinite()):
-                raise NumericalError(self._not_finite(f"meta-gradient of {name}", float(tensor.sum()), shard, index))
-
-    def _not_finite(self, what: str, value: float, shard: Shard, index: int) -> str:
-        return (
-            f"the {what} of {self._name(shard, index)} is {value}; "
-            "lower algorithm.inner_lr or outer.lr, or set outer.clip_norm"
-        )
 
     def _evaluate(self, meta: MetaParams, task: Task, inductive: bool) -> dict[str, np.ndarray]:
         """Query metrics before adaptation and after each inner step, arrays (inner steps + 1,); the judge's, which may
@@ -358,12 +240,6 @@ class Problem:
         return {"accuracy": (label[nearest] == target).double().mean().cpu().numpy()}
 
 
-def add(total: Params, part: Params) -> None:
-    """Adds ``part`` to ``total``, which is empty at first, in place."""
-    for name, tensor in part.items():
-        total[name] = total[name].add_(tensor) if name in total else tensor.clone()
-
-
 def sampling_seconds(tasks: list[Task]) -> dict[str, float]:
     """Time that tasks which sample their own data have spent at it since they were asked last."""
     total: dict[str, float] = {}
@@ -382,8 +258,3 @@ def to_device(task: Task, device: str) -> Task:
         return task
     move = lambda batch: tuple(tensor.to(device) for tensor in batch)  # noqa: E731
     return Episode(move(task.support_set), move(task.query_set))
-
-
-def stack_metrics(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """From a list of dicts to a dict of arrays."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -74,7 +74,7 @@ def problem(tasks):
 
 
 def step(pool, theta, number: int) -> np.ndarray:
-    return reduce_mean(pool.map("meta_gradient", theta, shards_of("train", number, TASKS_OF_STEP, 1)), TASKS_OF_STEP)
+    return reduce_mean(pool.map("meta_gradient", theta, shards_of("train", number, TASKS_OF_STEP, 1)))
 
 
 def expected(theta, number: int) -> np.ndarray:

@@ -1,0 +1,202 @@
+"""One pass over the tasks of a shard in meta-training: their meta-gradients, or what a trust region asks besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from distmeta.core.algorithm import Bilevel
+from distmeta.core.gradients import function_transforms
+from distmeta.core.params import join, split
+from distmeta.core.policy import PolicyLoss
+from distmeta.core.types import Batch, Episode, MetaGradient, MetaParams, Metrics, Params, Recorded, Task
+from distmeta.errors import ConfigError, DataError, NumericalError, WorkerError, one_line
+
+if TYPE_CHECKING:
+    from distmeta.distributed.work import Problem, Shard
+
+Training = Literal["meta_gradient", "objective", "curvature"]
+FAILURES = (NumericalError, DataError, WorkerError)
+"""What can be wrong with one task of many: its numbers, its data, its environment."""
+
+
+@dataclass
+class Pass:
+    """What has come of a pass over the tasks of a shard."""
+
+    total: np.ndarray | None = None
+    metrics: dict[str, np.ndarray] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+class Recordings:
+    """A cache of the data that tasks have sampled in one outer step, at one vector, for further passes over them."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._vector = np.empty(0)
+        self._kept: dict[Shard, tuple[dict[int, Task], dict[int, str]]] = {}
+
+    def of(self, vector: np.ndarray, shard: Shard) -> tuple[dict[int, Task], dict[int, str]] | None:
+        """The tasks of ``shard`` with the data sampled at ``vector``, and those skipped then, if they are here."""
+        same = self._step == shard.step and np.array_equal(self._vector, vector)
+        return self._kept.get(shard) if same else None
+
+    def keep(self, vector: np.ndarray, shard: Shard, tasks: dict[int, Task], skipped: dict[int, str]) -> None:
+        """Keeps them; those of another step or vector are dropped."""
+        if self._step != shard.step or not np.array_equal(self._vector, vector):
+            self._step, self._vector, self._kept = shard.step, vector.copy(), {}
+        self._kept[shard] = tasks, skipped
+
+
+def train_pass(
+    problem: Problem,
+    work: Training,
+    vector: np.ndarray,
+    tasks: dict[int, Task],
+    shard: Shard,
+    second: np.ndarray | None,
+) -> Pass:
+    """See `Problem.run`; ``tasks`` are named by their index in the meta-batch.
+
+    Raises:
+        NumericalError: A loss or a gradient is not finite, and tasks are not to be skipped.
+    """
+    at = lambda flat: split(problem.layout.unpack(flat, problem.device))  # noqa: E731
+    skipped: dict[int, str] = {}
+    if not all(isinstance(task, Episode) for task in tasks.values()):
+        kept = problem.recordings.of(vector, shard)
+        if kept is None:
+            recorded: dict[int, Task] = {index: Recorded(task) for index, task in tasks.items()}
+            first = meta_gradients(problem, at(vector), recorded, shard)
+            kept = {index: task for index, task in recorded.items() if index not in first.skipped}, first.skipped
+            problem.recordings.keep(vector, shard, *kept)
+            if work == "meta_gradient" and second is None:
+                return first
+        tasks, skipped = kept  # sampled earlier; or just now, since the worker that had done so has been lost
+    other = at(vector if second is None else second)
+    if work == "meta_gradient":
+        done = meta_gradients(problem, other, tasks, shard)
+        return Pass(done.total, done.metrics, skipped | done.skipped)
+    algorithm, loss = problem.algorithm, problem.loss
+    assert isinstance(algorithm, Bilevel)
+    assert isinstance(loss, PolicyLoss)
+    if work == "curvature":
+        total: Params = {}
+        for task in tasks.values():
+            add(total, join(algorithm.curvature(at(vector), task, loss, other, step=shard.step)))
+        return Pass(_flat(problem, total), {}, skipped)
+    rows: list[dict[str, np.ndarray]] = []
+    for task in tasks.values():
+        variables = split({name: tensor.requires_grad_() for name, tensor in join(other).items()})
+        value, _ = algorithm.objective(variables, task, loss, step=shard.step)
+        divergence = algorithm.divergence(variables, task, loss, step=shard.step)
+        rows.append({"loss": value.detach().cpu().numpy(), "kl": divergence.detach().cpu().numpy()})
+    return Pass(None, stack_metrics(rows), skipped)
+
+
+def meta_gradients(problem: Problem, meta: MetaParams, tasks: dict[int, Task], shard: Shard) -> Pass:
+    """The sum of the tasks' meta-gradients at ``meta``, added in task order, and their metrics."""
+    total: Params = {}
+    rows: list[dict[str, np.ndarray]] = []
+    skipped: dict[int, str] = {}
+    vectorised = vectorise(problem, meta, list(tasks.values()), shard.step) if problem.strategy == "vmap" else None
+    if vectorised is not None and (summed := _all_sound(problem, vectorised)) is not None:
+        return summed
+    for i, (index, task) in enumerate(tasks.items()):
+        try:
+            if vectorised is not None:
+                gradient, metrics = _one(join(vectorised.gradient), i), _one(vectorised.metrics, i)
+            else:
+                result = problem.algorithm.meta_gradient(meta, task, problem.loss, step=shard.step)
+                gradient, metrics = join(result.gradient), result.metrics
+            row = {name: tensor.cpu().double().numpy() for name, tensor in metrics.items()}
+            _check(problem, gradient, row, shard, index)
+        except FAILURES as error:
+            if problem.on_failure == "raise":
+                raise
+            skipped[index] = one_line(error)
+        else:
+            add(total, gradient)
+            rows.append(row)
+    return Pass(_flat(problem, total), stack_metrics(rows), skipped)
+
+
+def vectorise(problem: Problem, meta: MetaParams, tasks: list[Task], step: int) -> MetaGradient:
+    """The meta-gradients of all tasks at once, each tensor with a leading axis that counts tasks.
+
+    Raises:
+        ConfigError: The tasks are not episodes of one shape.
+    """
+    if not all(isinstance(task, Episode) for task in tasks):
+        raise ConfigError("train.strategy: vmap needs supervised episodes; these tasks want train.strategy: loop")
+    try:
+        support, query = (
+            tuple(torch.stack(column) for column in zip(*sets, strict=True))
+            for sets in (
+                [task.support_set for task in tasks],  # pyright: ignore[reportAttributeAccessIssue]
+                [task.query_set for task in tasks],  # pyright: ignore[reportAttributeAccessIssue]
+            )
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.strategy: vmap needs tasks of one shape ({error}); train.strategy: loop takes any"
+        ) from error
+
+    def one(support_set: Batch, query_set: Batch) -> MetaGradient:
+        return problem.algorithm.meta_gradient(meta, Episode(support_set, query_set), problem.loss, step=step)
+
+    with function_transforms():
+        return torch.vmap(one, randomness="different")(support, query)
+
+
+def _all_sound(problem: Problem, result: MetaGradient) -> Pass | None:
+    """The sum over all tasks at once, if nothing is wrong with any of them."""
+    summed = {name: tensor.sum(0) for name, tensor in join(result.gradient).items()}
+    metrics = {name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()}
+    finite = all(bool(tensor.sum().isfinite()) for tensor in summed.values()) and np.isfinite(metrics["loss"]).all()
+    rows = ({name: float(values[i]) for name, values in metrics.items()} for i in range(len(metrics["loss"])))
+    if not finite or any(problem.algorithm.complaint(row) for row in rows):
+        return None
+    return Pass(problem.layout.pack(summed), metrics)
+
+
+def _one(tensors: Params | Metrics, i: int) -> Params:
+    return {name: tensor[i] for name, tensor in tensors.items()}
+
+
+def _check(problem: Problem, gradient: Params, row: dict[str, np.ndarray], shard: Shard, index: int) -> None:
+    """Raises `NumericalError` if something is wrong with the numbers of one task."""
+    for name, tensor in gradient.items():
+        # One reduction, no mask: a sum is finite unless an element is not (or it overflows, as bad for training).
+        if not bool(tensor.sum().isfinite()):
+            raise _not_finite(problem, f"meta-gradient of {name}", float(tensor.sum()), shard, index)
+    if not np.isfinite(row["loss"]):
+        raise _not_finite(problem, "loss", float(row["loss"]), shard, index)
+    if complaint := problem.algorithm.complaint({name: float(value) for name, value in row.items()}):
+        raise NumericalError(f"{problem.name(shard, index)}: {complaint}")
+
+
+def _not_finite(problem: Problem, what: str, value: float, shard: Shard, index: int) -> NumericalError:
+    return NumericalError(
+        f"the {what} of {problem.name(shard, index)} is {value}; lower algorithm.inner_lr or outer.lr, or set "
+        "outer.clip_norm; train.on_failure=skip leaves such tasks out"
+    )
+
+
+def add(total: Params, part: Params) -> None:
+    """Adds ``part`` to ``total``, which is empty at first, in place."""
+    for name, tensor in part.items():
+        total[name] = total[name].add_(tensor) if name in total else tensor.clone()
+
+
+def _flat(problem: Problem, total: Params) -> np.ndarray:
+    return problem.layout.pack(total) if total else problem.layout.zeros()
+
+
+def stack_metrics(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """From a list of dicts to a dict of arrays."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}

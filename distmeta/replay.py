@@ -1,0 +1,87 @@
+"""Going back to one task of a run, to see what happened in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distmeta import checkpoint as storage
+from distmeta.core.params import join, split
+from distmeta.distributed.executor import InProcess, MetaBatch, reduce_mean
+from distmeta.distributed.work import Problem, reproducible, shards_of, to_device
+from distmeta.errors import ConfigError, DistmetaError, one_line
+from distmeta.experiment import assemble
+from distmeta.outer import OuterLoop
+from distmeta.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What happened in one task of one outer step."""
+
+    rerun: int
+    """How many outer steps had to be done again, from the checkpoint before."""
+    rows: list[dict[str, float]]
+    """Before adaptation and after each inner step, as many as in evaluation: ``query loss`` and the query metrics,
+    ``support loss`` (of the step that has led there), and ``change``, the Euclidean norm of theta_k − theta."""
+    gradients: dict[str, float]
+    """The norm of the meta-gradient of each tensor; empty where it could not be taken."""
+    failure: str | None
+    """Why the meta-gradient could not be taken."""
+
+
+def replay(path: str | Path, step: int, task: int) -> Replay:
+    """Adapts to task ``task`` (its index in the meta-batch) of outer step ``step`` (from 0) once more, as it was then.
+
+    The parameters of that step are those of a checkpoint, or come of the outer steps after the newest one before it,
+    which are done again in this process, with the same bits.
+
+    Raises:
+        ConfigError: There is no such step or task.
+        DistmetaError: See `distmeta.errors`.
+    """
+    run = RunFolder.open(path)
+    experiment = assemble(run.config())
+    config, problem = experiment.config, experiment.problem
+    settings = config.train
+    for key, value, bound in (("--step", step, settings.steps), ("--task", task, settings.meta_batch_size)):
+        if not 0 <= value < bound:
+            raise ConfigError(f"{key} must be between 0 and {bound - 1} in this run; given: {value}")
+    outer = OuterLoop(config.outer, experiment.initial, problem.layout)
+    before = [saved for saved in storage.steps(run.checkpoints) if saved <= step]
+    if before:
+        saved = run.checkpoint(str(max(before)))
+        outer.restore(saved.params, saved.tensors, saved.state["outer"])
+    begun = outer.step
+    executor = InProcess(problem)
+    while outer.step < step:
+        theta = outer.vector()
+        shards = shards_of("train", outer.step, settings.meta_batch_size, settings.shard_size)
+        gradient = reduce_mean(executor.map("meta_gradient", theta, shards))
+        with reproducible(1, 0):
+            outer.update(gradient, MetaBatch(executor, theta, shards))
+    return _look(problem, outer, task, step - begun)
+
+
+def _look(problem: Problem, outer: OuterLoop, task: int, rerun: int) -> Replay:
+    (shard,) = [one._replace(first=task) for one in shards_of("train", outer.step, 1, 1)]
+    (chosen,) = (to_device(one, problem.device) for one in problem.build(shard))
+    problem.loss.module.to(problem.device).train()
+    meta = split(problem.layout.unpack(outer.vector(), problem.device))
+    rows: list[dict[str, float]] = []
+    with reproducible(problem.threads, 0):
+        for at in problem.algorithm.trajectory(meta, chosen, problem.loss):
+            with torch.no_grad():
+                loss, metrics = problem.loss(at.params, chosen.query(at.params))
+                moved = [(at.params[name] - tensor).square().sum() for name, tensor in meta.model.items()]
+            row = {"query loss": float(loss)} | {f"query {name}": float(value) for name, value in metrics.items()}
+            if at.loss is not None:
+                row["support loss"] = float(at.loss)
+            rows.append(row | {"change": float(torch.stack(moved).sum().sqrt())})
+        try:
+            result = problem.algorithm.meta_gradient(meta, chosen, problem.loss, step=outer.step)
+        except DistmetaError as error:
+            return Replay(rerun, rows, {}, one_line(error))
+    return Replay(rerun, rows, {name: float(tensor.norm()) for name, tensor in join(result.gradient).items()}, None)

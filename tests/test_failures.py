@@ -1,0 +1,163 @@
+"""One task of many that goes wrong: it stops the run, or is left out and can be looked at afterwards."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import Blobs, HeadedMLP, problem_of
+
+import distmeta
+from distmeta import MAML, Episode, RunFolder, Split
+from distmeta.distributed.executor import InProcess, reduce_mean
+from distmeta.distributed.work import shards_of
+from distmeta.errors import NumericalError, WorkerError
+from distmeta.replay import replay
+from distmeta.tasks.control import Outcome
+from distmeta.tasks.navigation import Navigation, Points
+
+
+class Poisoned(Blobs):
+    """Blobs, of which about every fifth training task has a query set that is not finite."""
+
+    share = 0.2
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        episode = super().sample(rng, split)
+        if split == "train" and rng.random() < self.share:
+            x, y = episode.query_set
+            return Episode(episode.support_set, (torch.full_like(x, torch.inf), y))
+        return episode
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_skipped_tasks_are_those_of_no_run(strategy: str) -> None:
+    """The mean is that of the sound tasks alone, and the failures are named by their place."""
+    torch.manual_seed(0)
+    problem, theta = problem_of(MAML(inner_lr=0.1), HeadedMLP(3, 3), Poisoned(), strategy=strategy, on_failure="skip")
+    results = InProcess(problem).map("meta_gradient", theta, shards_of("train", 0, 24, 8))
+    skipped = {index: reason for result in results for index, reason in result.skipped.items()}
+    assert 2 <= len(skipped) <= 10
+    assert all(f"of task {i} of step 0 (split train, seed 1)" in reason for i, reason in skipped.items())
+    problem.on_failure = "raise"
+    sound = [i for i in range(24) if i not in skipped]
+    singles = [shard for shard in shards_of("train", 0, 24, 1) if shard.first in sound]
+    alone = InProcess(problem).map("meta_gradient", theta, singles)
+    np.testing.assert_allclose(reduce_mean(results), reduce_mean(alone), rtol=1e-4, atol=1e-7)
+    assert sum(result.tasks for result in results) == len(sound)
+    with pytest.raises(NumericalError, match=r"train.on_failure=skip leaves such tasks out"):
+        InProcess(problem).map("meta_gradient", theta, shards_of("train", 0, 24, 8))
+
+
+def test_a_step_without_a_sound_task_stops_the_run() -> None:
+    torch.manual_seed(0)
+    tasks = Poisoned()
+    tasks.share = 1.0
+    problem, theta = problem_of(MAML(inner_lr=0.1), HeadedMLP(3, 3), tasks, on_failure="skip")
+    results = InProcess(problem).map("meta_gradient", theta, shards_of("train", 0, 4, 2))
+    with pytest.raises(NumericalError, match="all 4 tasks of an outer step were skipped; the first one, since the"):
+        reduce_mean(results)
+
+
+SETTINGS = ["train.meta_batch_size=6", "train.shard_size=2", "validation.every=0", "evaluation.tasks=0"]
+
+
+def train(path: Path, *overrides: str) -> RunFolder:
+    return distmeta.train(
+        {"tasks": {"use": "test_failures:Poisoned"}, "model": {"use": "mlp", "hidden": [8]}},
+        "algorithm={use: maml, inner_lr: 0.1}", "train.log_every=1", "checkpoint.every=4", *SETTINGS,
+        f"run_dir={path}", *overrides,
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_and_its_failures_can_be_replayed(
+    tmp_path: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "distmeta")
+    runs = {
+        n: train(tmp_path / str(n), "train.on_failure=skip", "train.steps=10", f"scaling.num_workers={n}")
+        for n in (0, 2)
+    }
+    parameters = {(run.checkpoints / "step-00000010" / "meta.safetensors").read_bytes() for run in runs.values()}
+    assert len(parameters) == 1, "whoever skips"
+    lines = [record for record in runs[2].records() if record["kind"] == "train"]
+    skipped = [entry for line in lines for entry in line.get("skipped", [])]
+    assert skipped == [e for r in runs[0].records() for e in r.get("skipped", [])]
+    assert all(line["tasks"] == 6 - len(line.get("skipped", [])) for line in lines)
+    assert f"task {skipped[0]['task']} of step {skipped[0]['step']} is skipped: the " in caplog.text
+    assert f"<td>{len(skipped)}</td>" in (runs[0].path / "report" / "index.html").read_text()
+
+    late = skipped[-1]  # behind the last checkpoint before it, from which the steps are done again
+    seen = replay(runs[2].path, late["step"], late["task"])
+    assert 0 <= seen.rerun < 10
+    assert np.isfinite(seen.rows[1]["support loss"])
+    assert not np.isfinite(seen.rows[1]["query loss"])
+    assert not all(np.isfinite(norm) for norm in seen.gradients.values())
+    failed = {entry["task"] for entry in skipped if entry["step"] == late["step"]}
+    other = min(set(range(6)) - failed)
+    sound = replay(runs[2].path, late["step"], other)
+    assert sound.rows[1]["change"] > 0 == sound.rows[0]["change"]
+    assert all(np.isfinite(norm) for norm in sound.gradients.values())
+
+    here = Path(__file__).parent  # where the run's tasks are imported from
+    command = [sys.executable, "-m", "distmeta", "replay", runs[0].path, "--step", str(late["step"])]
+    done = subprocess.run(
+        [*command, "--task", str(late["task"])], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"task {late['task']} of step {late['step']}, at the parameters that it had then" in done.stdout
+    done = subprocess.run([*command, "--task", "6"], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 2
+    assert "--task must be between 0 and 5 in this run; given: 6" in done.stderr
+
+
+def test_replay_of_a_step_is_to_the_bit(tmp_path: Path) -> None:
+    """From whichever checkpoint, and of the step that stopped a run."""
+    with pytest.raises(NumericalError, match=r"is nan|is inf") as stopped:
+        train(tmp_path / "run", "train.steps=10", "scaling.num_workers=0")
+    (step,) = RunFolder.open(tmp_path / "run").checkpoints.glob("step-*")
+    number = int(step.name.removeprefix("step-"))
+    assert f"of step {number} " in str(stopped.value)
+    first = replay(tmp_path / "run", number, 0)
+    assert first.rerun == 0
+    shutil.rmtree(step)
+    again = replay(tmp_path / "run", number, 0)
+    assert again.rerun == number
+    assert str((again.rows, again.gradients)) == str((first.rows, first.gradients)), "as text, where nan equals nan"
+
+
+class Jammed(Navigation):
+    """The environment of about every fourth goal raises."""
+
+    def simulator(self, goal: np.ndarray, episodes: int) -> Points:
+        class Jam(Points):
+            def step(self, action_EA: np.ndarray) -> Outcome:
+                if goal[0] > 0.25:
+                    raise RuntimeError("jammed")
+                return super().step(action_EA)
+
+        return Jam(episodes)
+
+
+def test_environments_that_fail_are_skipped_in_all_passes(tmp_path: Path, ray_cluster: None) -> None:
+    settings = ["train.meta_batch_size=8", "train.shard_size=2", "tasks.episodes=2", "tasks.horizon=5", "train.steps=3"]
+    settings += ["validation.every=0", "evaluation.tasks=0", "model.hidden=[8]"]
+
+    def run(folder: str, *more: str) -> RunFolder:
+        tasks = Jammed(episodes=2, horizon=5)
+        return distmeta.train("navigation-maml-trpo", *settings, f"run_dir={tmp_path / folder}", *more, tasks=tasks)
+
+    with pytest.raises(WorkerError, match=r"Jammed raised RuntimeError at the goal .*: jammed"):
+        run("raise", "scaling.num_workers=0")
+    runs = [run(str(n), "train.on_failure=skip", f"scaling.num_workers={n}") for n in (0, 2)]
+    lines = [[record for record in each.records() if record["kind"] == "train"] for each in runs]
+    assert any("jammed" in entry["why"] for line in lines[0] for entry in line.get("skipped", []))
+    assert [line.get("skipped") for line in lines[0]] == [line.get("skipped") for line in lines[1]]
+    assert all(line["kl"] <= 0.02 for line in lines[0])
+    assert len({(each.checkpoints / "step-00000003" / "meta.safetensors").read_bytes() for each in runs}) == 1
