@@ -19,8 +19,8 @@ class MetricsLog:
     A line of kind ``train`` holds the step, means over the stretch (loss and accuracy as the algorithm gives them:
     MAML's are of the query set, Reptile's of the last mini-batch; ``grad_norm``, ``lr``),
     ``tasks_per_second`` and the seconds of each part: ``map`` (waiting for the shards), ``reduce``, ``outer``,
-    ``validation``, ``checkpoint`` on the driver, and ``sample`` and ``adapt`` summed over workers. A line of kind
-    ``val`` holds an evaluation.
+    ``validation``, ``checkpoint`` (copying the state, which is then written aside) on the driver, and ``sample`` and
+    ``adapt`` summed over workers. A line of kind ``val`` holds an evaluation.
     """
 
     def __init__(self, run: RunFolder, step: int) -> None:

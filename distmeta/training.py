@@ -139,7 +139,7 @@ class Training:
         self.initial = self.outer.vector()
         self.best: Best | None = None
         self._saved: int | None = None
-        self._saving = 0.0  # seconds of checkpoints since the last record, which stands before them
+        self._saving = 0.0  # seconds that checkpoints have held up since the last record, which stands before them
 
     def __enter__(self) -> Self:
         if self.problem.strategy == "vmap":
@@ -205,12 +205,14 @@ class Training:
         stop: StopSignal,
         on_validation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
-        while self.outer.step < self.config.train.steps and not stop.requested:
-            evaluation = self._step(run, metrics, progress)
-            if evaluation is not None and on_validation is not None:
-                self._save(run, metrics)
-                on_validation(self.outer.step, evaluation)
-        self._save(run, metrics)
+        with storage.Writer() as self._writer:
+            while self.outer.step < self.config.train.steps and not stop.requested:
+                evaluation = self._step(run, metrics, progress)
+                if evaluation is not None and on_validation is not None:
+                    self._save(run, metrics)
+                    self._writer.wait()
+                    on_validation(self.outer.step, evaluation)
+            self._save(run, metrics)
         if stop.requested:
             raise Stopped(f"stopped after step {self.outer.step}; `distmeta resume {run.path}` goes on from there")
 
@@ -222,6 +224,7 @@ class Training:
         """One outer step, and what falls due after it: the evaluation, if that is a validation."""
         config, outer, settings, clock = self.config, self.outer, self.config.train, Clock()
         upcoming = self._shards(outer.step + 1) if outer.step + 1 < settings.steps else []
+        self._writer.check()
         try:
             results = self.executor.map("meta_gradient", outer.vector(), self._shards(outer.step), upcoming)
             clock.lap("map")
@@ -252,7 +255,7 @@ class Training:
         return evaluation
 
     def _save(self, run: RunFolder, metrics: MetricsLog) -> None:
-        """Writes a checkpoint of the state at hand, and before it the metrics up to there, if there is none yet."""
+        """Begins to write a checkpoint of the state at hand, after the metrics up to there, if there is none yet."""
         if self._saved == self.outer.step:
             return
         clock = Clock()
@@ -260,8 +263,8 @@ class Training:
         tensors, plain = self.outer.state()
         params = {name: parameter.data for name, parameter in self.outer.params.items()}
         state = {"outer": plain, "best": self.best, "constants": self.problem.loss.constants()}
-        storage.save(run.checkpoints, self.outer.step, storage.Checkpoint(params, tensors, state))
-        storage.prune(run.checkpoints, self.config.checkpoint.keep_last, self.best["step"] if self.best else None)
+        saved, best = storage.Checkpoint(params, tensors, state), self.best["step"] if self.best else None
+        self._writer.save(run.checkpoints, self.outer.step, saved, self.config.checkpoint.keep_last, best)
         self._saved = self.outer.step
         clock.lap("checkpoint")
         self._saving += clock.seconds["checkpoint"]
