@@ -168,7 +168,7 @@ def adapt_folder(run: RunFolder, support: Path, query: Path, out: Path, *, check
     tasks = experiment.problem.tasks
     if not isinstance(tasks, FewShotImages):
         raise ConfigError(
-            f"{run.path} was trained on {experiment.config.tasks.use}, not on images; use distmeta.adapt in Python"
+            f"{run.address} was trained on {experiment.config.tasks.use}, not on images; use distmeta.adapt in Python"
         )
     names, x, y = folder_of_classes(support, tasks.read_image)
     if len(names) > tasks.ways:

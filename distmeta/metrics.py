@@ -61,6 +61,8 @@ class MetricsLog:
         wall = sum(spent[part] for part in ("map", "reduce", "outer"))
         record = means | {"kind": "train", "step": self._step, "steps": len(self._rows)}
         record |= {"tasks": self._tasks, "tasks_per_second": self._tasks / wall, "retries": self._retries}
+        if self.run.mirror is not None:
+            record["upload_failures"] = self.run.mirror.failures
         self._write(record | {"seconds": spent})
         for name, value in (means | {"tasks_per_second": record["tasks_per_second"]}).items():
             self._board.add_scalar(f"train/{name}", value, self._step)

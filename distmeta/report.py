@@ -148,7 +148,7 @@ def _cells(run: History) -> dict[str, str]:
         "tasks per second": f"{seconds.tasks_per_second():,.1f}" if run.train else "",
         "seed": str(run.config.seed),
         "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) if summary else "",
-        "folder": str(run.run.path),
+        "folder": run.run.address,
     }
 
 

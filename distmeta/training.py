@@ -92,7 +92,7 @@ def resume(
     """Goes on with an interrupted run, to the bit as if it had not been interrupted.
 
     Args:
-        path: The folder of the run.
+        path: The folder of the run, or its URL.
         overrides: ``"key.subkey=value"`` strings of keys that may change, such as ``scaling.num_workers=8``.
         checkpoint: Where to go on from: ``last``, ``best`` or a step. Later ones are removed.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
@@ -186,7 +186,7 @@ class Training:
         from distmeta.report import report  # matplotlib takes a second to load
 
         page = report([run], experiment=self._experiment)
-        progress.say(f"run      {run.path}\npictures {page}")
+        progress.say(f"run      {run.address}\npictures {page}")
 
     def fit(self, run: RunFolder, on_validation: Callable[[int, Evaluation], None]) -> None:
         """Trains to the end, and calls ``on_validation`` with each step that is validated, once it is saved."""
@@ -214,7 +214,7 @@ class Training:
                     on_validation(self.outer.step, evaluation)
             self._save(run, metrics)
         if stop.requested:
-            raise Stopped(f"stopped after step {self.outer.step}; `distmeta resume {run.path}` goes on from there")
+            raise Stopped(f"stopped after step {self.outer.step}; `distmeta resume {run.address}` goes on from there")
 
     def _shards(self, step: int) -> list[Shard]:
         settings = self.config.train
@@ -225,6 +225,7 @@ class Training:
         config, outer, settings, clock = self.config, self.outer, self.config.train, Clock()
         upcoming = self._shards(outer.step + 1) if outer.step + 1 < settings.steps else []
         self._writer.check()
+        run.check()
         try:
             results = self.executor.map("meta_gradient", outer.vector(), self._shards(outer.step), upcoming)
             clock.lap("map")
