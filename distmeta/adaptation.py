@@ -166,7 +166,7 @@ def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkp
     tasks = experiment.problem.tasks
     if not isinstance(tasks, ReadsOwnTasks):
         raise ConfigError(
-            f"{run.path} was trained on {experiment.config.tasks.use}, which reads no tasks from files; use "
+            f"{run.address} was trained on {experiment.config.tasks.use}, which reads no tasks from files; use "
             "distmeta.adapt in Python"
         )
     own = tasks.own_task(support, query)
@@ -212,7 +212,8 @@ def adapt_policy(
     (task,) = problem.build(Shard("test", 0, number, 1))
     if not isinstance(task, ControlTask) or not isinstance(problem.loss, PolicyLoss):
         raise ConfigError(
-            f"{run.path} was trained on {experiment.config.tasks.use}, which is no control: give --support and --query"
+            f"{run.address} was trained on {experiment.config.tasks.use}, which is no control; give --support and "
+            "--query, or use distmeta.adapt in Python"
         )
     problem.loss.module.eval()
     path = paths.follow(problem, meta, task)

@@ -7,18 +7,23 @@ name, flushed to disk and renamed. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 from torch import Tensor
 
 from distmeta.core.types import Params
 from distmeta.errors import CheckpointError, StorageError
+
+log = logging.getLogger("distmeta")
 
 FORMAT = 1
 
@@ -85,6 +90,65 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
             + "; free some space, then resume"
         ) from error
     return final
+
+
+class Writer:
+    """Saves checkpoints from a thread of its own, so that training goes on meanwhile.
+
+    It holds one copy of the state: a second checkpoint waits until the first is on disk. As a context manager it waits
+    for the last one.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, folder: Path, step: int, checkpoint: Checkpoint, keep_last: int, best: int | None) -> None:
+        """Copies ``checkpoint``, and begins to write it and then to `prune` what is older.
+
+        Raises:
+            StorageError: The one before could not be written.
+        """
+        self.wait()
+        params, tensors = (
+            {name: tensor.detach().clone() for name, tensor in part.items()}
+            for part in (checkpoint.params, checkpoint.tensors)
+        )
+        kept = Checkpoint(params, tensors, copy.deepcopy(checkpoint.state))
+        self._writing = self._thread.submit(_save_and_prune, folder, step, kept, keep_last, best)
+
+    def check(self) -> None:
+        """Raises the `StorageError` of a checkpoint that could not be written, if there is one; waits for none."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once the checkpoint at hand is on disk.
+
+        Raises:
+            StorageError: It could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.wait()
+        except StorageError as error:
+            if kind is None:
+                raise
+            log.warning("%s", error)  # beside what has ended the run
+        finally:
+            self._thread.shutdown()
+
+
+def _save_and_prune(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int, best: int | None) -> None:
+    save(folder, step, checkpoint)
+    prune(folder, keep_last, best)
 
 
 def load(path: Path) -> Checkpoint:

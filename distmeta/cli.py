@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Run = Annotated[str, typer.Argument(help="Folder of a run, or its URL (s3://bucket/run).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.steps=100.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="best (by validation), last, or a step.")]
 
@@ -257,7 +257,7 @@ def replay(
 
 @command
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs, or their URLs.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the page; none: RUN/report, or report.")] = None,
 ) -> None:
     """Draws the pictures of one run, or one page that compares several."""

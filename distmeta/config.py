@@ -158,7 +158,9 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
     scaling: Scaling = Scaling()  # pyright: ignore[reportCallIssue]
     name: str | None = Field(None, description="name of the run; null: that of the configuration")
-    run_dir: str | None = Field(None, description="folder of the run, which must be new; null: runs/NAME-TIME")
+    run_dir: str | None = Field(
+        None, description="folder of the run, which must be new, or a URL such as s3://bucket/run; null: runs/NAME-TIME"
+    )
     data_root: str | None = Field(None, description="folder of data sets; null: $DISTMETA_DATA, else the user's cache")
 
 

@@ -119,14 +119,16 @@ def read(runs: Sequence[RunFolder]) -> list[History]:
         RunError: A folder is not that of a run, or its metrics or summary are damaged.
         ConfigError: A configuration is damaged.
     """
-    folders = {run.path: RunFolder.open(run.path) for run in runs}  # a run that is given twice counts once
+    folders = {run.path: run for run in runs}  # a run that is given twice counts once
     if not folders:
         raise RunError("no run is given; name the folder of at least one")
+    for folder in folders.values():
+        folder.check_exists()
     configs = [folder.config() for folder in folders.values()]
     candidates = (
         [config.name or path.name for config, path in zip(configs, folders, strict=True)],
         [path.name for path in folders],
-        [str(path) for path in folders],
+        [folder.address for folder in folders.values()],
     )
     names = next(names for names in candidates if len(set(names)) == len(names))
     return [_history(*parts) for parts in zip(folders.values(), names, configs, strict=True)]

@@ -19,9 +19,9 @@ class MetricsLog:
     A line of kind ``train`` holds the step, means over the stretch (loss and accuracy as the algorithm gives them:
     MAML's are of the query set, Reptile's of the last mini-batch; ``grad_norm``, ``lr``),
     ``tasks_per_second`` and the seconds of each part: ``map`` (waiting for the shards), ``reduce``, ``outer``,
-    ``validation``, ``checkpoint`` on the driver, and ``sample`` and ``adapt`` summed over workers. Where tasks were
-    skipped, ``skipped`` lists their ``step`` (from 0), ``task`` (the index in the meta-batch) and the reason ``why``. A
-    line of kind ``val`` holds an evaluation.
+    ``validation``, ``checkpoint`` (copying the state, which is then written aside) on the driver, and ``sample`` and
+    ``adapt`` summed over workers. Where tasks were skipped, ``skipped`` lists their ``step`` (from 0), ``task`` (the
+    index in the meta-batch) and the reason ``why``. A line of kind ``val`` holds an evaluation.
     """
 
     def __init__(self, run: RunFolder, step: int) -> None:
@@ -69,6 +69,8 @@ class MetricsLog:
         record |= {"tasks": self._tasks, "tasks_per_second": self._tasks / wall, "retries": self._retries}
         if self._skipped:
             record["skipped"] = self._skipped
+        if self.run.mirror is not None:
+            record["upload_failures"] = self.run.mirror.failures
         self._write(record | {"seconds": spent})
         for name, value in (means | {"tasks_per_second": record["tasks_per_second"]}).items():
             self._board.add_scalar(f"train/{name}", value, self._step)

@@ -155,7 +155,7 @@ def _cells(run: History) -> dict[str, str]:
         "tasks skipped": str(sum(len(line.skipped) for line in run.train) or ""),
         "seed": str(run.config.seed),
         "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) if summary else "",
-        "folder": str(run.run.path),
+        "folder": run.run.address,
     }
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import yaml
 from distmeta import checkpoint
 from distmeta.config import Config, load, read_yaml
 from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
+from distmeta.mirror import Mirror, is_url
 
 MAY_CHANGE = (
     "scaling.num_workers=", "scaling.min_workers=", "scaling.resources", "scaling.placement=",
@@ -37,10 +38,17 @@ class Named(Protocol):
 
 
 class RunFolder:
-    """A run on disk, new or not."""
+    """A run on disk, new or not.
+
+    Args:
+        path: Its folder, or a URL that fsspec knows; ``self.path`` is then its working copy (see `distmeta.mirror`).
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+        self.mirror = Mirror(str(path)) if is_url(path) else None
+        self.path = self.mirror.path if self.mirror else Path(path).absolute()
+        self.address = self.mirror.url if self.mirror else str(self.path)
+        """What commands and messages call it by."""
 
     @classmethod
     def new(cls, config: Named) -> RunFolder:
@@ -57,7 +65,16 @@ class RunFolder:
     def refuse_used(self) -> None:
         """Raises `RunError` if the folder holds anything but the lock of who is about to use it."""
         path = self.path
-        if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+        if self.mirror is not None:
+            if self.mirror.used():
+                if self.in_use():
+                    raise RunError(f"{self.address} is in use by another process; wait for it, or stop it")
+                raise RunError(
+                    f"{self.address} exists already; `distmeta resume {self.address}` goes on with it, run_dir=… takes "
+                    "another folder"
+                )
+            self.mirror.forget()
+        elif path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
             go_on = {"config.yaml": "distmeta resume", "search.yaml": "distmeta tune --resume"}
             command = next((text for file, text in go_on.items() if (path / file).exists()), None)
             hint = f"`{command} {path}` goes on with it, " if command else ""
@@ -70,10 +87,13 @@ class RunFolder:
             RunError: Another process has used the folder since it was found to be new.
             StorageError: It cannot be written.
         """
-        self.refuse_used()
+        if self.mirror is None:
+            self.refuse_used()
+        elif (self.path / "config.yaml").exists():
+            raise RunError(f"{self.address} exists already; run_dir=… takes another folder")
         with storage_errors(self.path):
             self.checkpoints.mkdir()
-        self.write_config(config.model_copy(update={"run_dir": str(self.path)}))
+        self.write_config(config.model_copy(update={"run_dir": self.address}))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -83,9 +103,20 @@ class RunFolder:
             RunError: There is none at ``path``.
         """
         folder = cls(path)
-        if not (folder.path / "config.yaml").is_file():
-            raise RunError(f"{folder.path} is not the folder of a run: it holds no config.yaml")
+        if folder.mirror is not None:
+            folder.mirror.fetch()
+        folder.check_exists()
         return folder
+
+    def check_exists(self) -> None:
+        """Raises `RunError` if this is not the folder of a run."""
+        if not (self.path / "config.yaml").is_file():
+            raise RunError(f"{self.address} is not the folder of a run: it holds no config.yaml")
+
+    def check(self) -> None:
+        """Raises `RunError` if another process has taken over the URL that this run is kept at."""
+        if self.mirror is not None:
+            self.mirror.check()
 
     @property
     def checkpoints(self) -> Path:
@@ -125,7 +156,7 @@ class RunFolder:
         """
         steps = checkpoint.steps(self.checkpoints)
         if not steps:
-            raise CheckpointError(f"{self.path} holds no checkpoint yet")
+            raise CheckpointError(f"{self.address} holds no checkpoint yet")
         if which == "last":
             step = steps[-1]
         elif which == "best":
@@ -135,7 +166,8 @@ class RunFolder:
             step = int(which)
         else:
             raise CheckpointError(
-                f"{self.path} has no checkpoint {which!r}; it has best, last and the steps {', '.join(map(str, steps))}"
+                f"{self.address} has no checkpoint {which!r}; it has best, last and the steps "
+                + ", ".join(map(str, steps))
             )
         return checkpoint.load(checkpoint.path_of(self.checkpoints, step))
 
@@ -185,10 +217,10 @@ class RunFolder:
             checkpoint.sync_folder(self.path)
 
     def in_use(self) -> bool:
-        """Whether a process is at this run, on this machine."""
+        """Whether a process is at this run, on this machine; on any, for a URL."""
         try:
-            with self.lock():
-                return False
+            with self._lock_here():
+                return self.mirror is not None and self.mirror.holder() is not None
         except RunError:
             return True
 
@@ -197,9 +229,14 @@ class RunFolder:
         """Holds the run, whose folder is made if it is not there, against a second process.
 
         Raises:
-            RunError: Another process is at it.
-            StorageError: The folder cannot be written.
+            RunError: Another process is at it, or its URL cannot be written.
+            StorageError: The folder cannot be written, or at the end its URL cannot.
         """
+        with self._lock_here(), self.mirror.held() if self.mirror else nullcontext():
+            yield
+
+    @contextmanager
+    def _lock_here(self) -> Generator[None]:
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "w")  # noqa: SIM115
@@ -207,7 +244,7 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(f"{self.path} is in use by another process; wait for it, or stop it") from error
+                raise RunError(f"{self.address} is in use by another process; wait for it, or stop it") from error
             yield
 
 

@@ -93,7 +93,7 @@ def resume(
     """Goes on with an interrupted run, to the bit as if it had not been interrupted.
 
     Args:
-        path: The folder of the run.
+        path: The folder of the run, or its URL.
         overrides: ``"key.subkey=value"`` strings of keys that may change, such as ``scaling.num_workers=8``.
         checkpoint: Where to go on from: ``last``, ``best`` or a step. Later ones are removed.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
@@ -140,7 +140,7 @@ class Training:
         self.initial = self.outer.vector()
         self.best: Best | None = None
         self._saved: int | None = None
-        self._saving = 0.0  # seconds of checkpoints since the last record, which stands before them
+        self._saving = 0.0  # seconds that checkpoints have held up since the last record, which stands before them
 
     def __enter__(self) -> Self:
         if self.problem.strategy == "vmap":
@@ -187,7 +187,7 @@ class Training:
         from distmeta.report import report  # matplotlib takes a second to load
 
         page = report([run], experiment=self._experiment)
-        progress.say(f"run      {run.path}\npictures {page}")
+        progress.say(f"run      {run.address}\npictures {page}")
 
     def fit(self, run: RunFolder, on_validation: Callable[[int, Evaluation], None]) -> None:
         """Trains to the end, and calls ``on_validation`` with each step that is validated, once it is saved."""
@@ -206,14 +206,16 @@ class Training:
         stop: StopSignal,
         on_validation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
-        while self.outer.step < self.config.train.steps and not stop.requested:
-            evaluation = self._step(run, metrics, progress)
-            if evaluation is not None and on_validation is not None:
-                self._save(run, metrics)
-                on_validation(self.outer.step, evaluation)
-        self._save(run, metrics)
+        with storage.Writer() as self._writer:
+            while self.outer.step < self.config.train.steps and not stop.requested:
+                evaluation = self._step(run, metrics, progress)
+                if evaluation is not None and on_validation is not None:
+                    self._save(run, metrics)
+                    self._writer.wait()
+                    on_validation(self.outer.step, evaluation)
+            self._save(run, metrics)
         if stop.requested:
-            raise Stopped(f"stopped after step {self.outer.step}; `distmeta resume {run.path}` goes on from there")
+            raise Stopped(f"stopped after step {self.outer.step}; `distmeta resume {run.address}` goes on from there")
 
     def _shards(self, step: int) -> list[Shard]:
         settings = self.config.train
@@ -223,6 +225,8 @@ class Training:
         """One outer step, and what falls due after it: the evaluation, if that is a validation."""
         config, outer, settings, clock = self.config, self.outer, self.config.train, Clock()
         upcoming = self._shards(outer.step + 1) if outer.step + 1 < settings.steps else []
+        self._writer.check()
+        run.check()
         try:
             theta, shards = outer.vector(), self._shards(outer.step)
             results = self.executor.map("meta_gradient", theta, shards, upcoming)
@@ -260,7 +264,7 @@ class Training:
         return evaluation
 
     def _save(self, run: RunFolder, metrics: MetricsLog) -> None:
-        """Writes a checkpoint of the state at hand, and before it the metrics up to there, if there is none yet."""
+        """Begins to write a checkpoint of the state at hand, after the metrics up to there, if there is none yet."""
         if self._saved == self.outer.step:
             return
         clock = Clock()
@@ -268,8 +272,8 @@ class Training:
         tensors, plain = self.outer.state()
         params = {name: parameter.data for name, parameter in self.outer.params.items()}
         state = {"outer": plain, "best": self.best, "constants": self.problem.loss.constants()}
-        storage.save(run.checkpoints, self.outer.step, storage.Checkpoint(params, tensors, state))
-        storage.prune(run.checkpoints, self.config.checkpoint.keep_last, self.best["step"] if self.best else None)
+        saved, best = storage.Checkpoint(params, tensors, state), self.best["step"] if self.best else None
+        self._writer.save(run.checkpoints, self.outer.step, saved, self.config.checkpoint.keep_last, best)
         self._saved = self.outer.step
         clock.lap("checkpoint")
         self._saving += clock.seconds["checkpoint"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from problems import Blobs, problem_of
+from problems import Blobs, our_processes, problem_of
 
 import distmeta
 from distmeta import MAML, RunFolder
@@ -174,6 +174,23 @@ def test_automatic_workers_are_no_more_than_cores_or_shards(small, ray_cluster: 
         with RayPool(problem, Scaling(), most=most) as pool:
             assert pool.size == expected
     assert ray.is_initialized()  # a pool ends only a cluster that it has started
+
+
+def test_workers_are_called_by_their_run(small, ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
+    """On Ray's dashboard, before each line of their logs and in messages; two runs of one name get on together."""
+    problem, theta = small
+    one = Scaling(num_workers=1)
+    with RayPool(problem, one, 4, "rates") as pool, RayPool(problem, one, 4, "rates"):
+        names = [name for name in ray.util.list_named_actors() if name.startswith("rates worker 0 (")]
+        assert len(set(names)) == 2
+        (worker,) = pool._workers
+        assert ray.get(worker.__ray_call__.remote(repr)) == "rates worker 0"
+        os.kill(pool._workers[worker].process, signal.SIGKILL)
+        pool.map("meta_gradient", theta, shards_of("train", 0, 4, 2))
+        assert "rates worker 0 on " in caplog.text and "was lost at tasks 0-1 of step 0" in caplog.text
+        assert [state.label for state in pool._workers.values()] == ["rates worker 1"]
+        titles = our_processes()
+        assert sum(title.startswith("ray::Worker") for title in titles) >= 2, titles
 
 
 def test_prepared_tasks_are_used_and_change_nothing(small, ray_cluster: None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from problems import our_processes
 from ray.tune import Checkpoint
 from test_report import Page, pictures_of
 from test_search_space import BASE, RATE
@@ -236,9 +237,8 @@ def test_workers_of_stopped_and_failed_trials_are_gone(tmp_path: Path) -> None:
 
 
 def _workers() -> list[str]:
-    """The processes of this machine that are workers of a pool, by what Ray writes over their command lines."""
-    titles = [path.read_bytes().decode(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline")]
-    return [title for title in titles if title.startswith("ray::Worker")]
+    """The workers of a pool of these tests, by what Ray writes over their command lines and by their environment."""
+    return [title for title in our_processes() if title.startswith("ray::Worker")]
 
 
 def test_a_name_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ the same to the bit. Parameters travel as one flat array, put once a step in the
 
 from __future__ import annotations
 
+import itertools
 import logging
+import secrets
 import sys
 import time
 from collections import Counter, deque
@@ -54,7 +56,7 @@ class RayPool:
         problem: What to compute.
         scaling: How many workers, and what each is given.
         most: The greatest number of shards of one call: more workers would idle.
-        name: The run, on Ray's dashboard.
+        name: The run, on Ray's dashboard and in the names of its workers.
 
     Raises:
         ResourceError: The cluster cannot be reached, cannot give the workers their resources, or has workers of
@@ -78,10 +80,12 @@ class RayPool:
             self._data: ray.ObjectRef | None = None
             custom = {kind: amount for kind, amount in self._need.items() if kind not in ("CPU", "GPU")}
             options: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if self._spread() else {}
-            self._actor: Any = ray.remote(Worker).options(
-                num_cpus=self._need["CPU"], num_gpus=self._need.get("GPU", 0), resources=custom, max_restarts=0,
-                max_task_retries=0, **options,
-            )  # fmt: skip
+            self._actor: Any = ray.remote(Worker)
+            self._options = options | {
+                "num_cpus": self._need["CPU"], "num_gpus": self._need.get("GPU", 0), "resources": custom,
+                "max_restarts": 0, "max_task_retries": 0,
+            }  # fmt: skip
+            self._name, self._pool, self._numbers = name, secrets.token_hex(3), itertools.count()
             self._starting: dict[ray.ObjectRef, Any] = {}
             self._fetching: dict[Any, Ready] = {}  # those of the starting ones that wait for data
             self._workers: dict[Any, Ready] = {}
@@ -120,7 +124,9 @@ class RayPool:
         )
 
     def _add_worker(self) -> None:
-        worker: Any = self._actor.remote()
+        label = f"{self._name} worker {next(self._numbers)}"
+        # Names are unique in a cluster, and two runs may be called the same.
+        worker: Any = self._actor.options(name=f"{label} ({self._pool})", **self._options).remote(label)
         self._starting[worker.ready.remote(sys.path, self._problem)] = worker
 
     def _grow(self) -> None:
@@ -302,8 +308,8 @@ class RayPool:
         self._gauges.lost()
         lost = self._workers.pop(worker)
         log.warning(
-            "worker %d on %s was lost at %s (%s): another worker redoes them",
-            lost.process, lost.node, span(shard), type(error).__name__,
+            "%s on %s was lost at %s (%s): another worker redoes them",
+            lost.label, lost.node, span(shard), type(error).__name__,
         )  # fmt: skip
         ray.kill(worker)
         self._add_worker()

@@ -7,6 +7,7 @@ are drawn from named streams, gradients are summed in task order, and the number
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Generator
@@ -80,12 +81,12 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
+        _set_deterministic(2)
         torch.manual_seed(seed)
         try:
             yield
@@ -93,7 +94,15 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
             torch.backends.cudnn.benchmark = before[2]
-            torch.use_deterministic_algorithms(strict, warn_only=warn)
+            _set_deterministic(mode)
+
+
+def _set_deterministic(mode: int) -> None:
+    """Deterministic kernels as torch counts them: 0 not, 1 with a warning where there is none, 2 with an error."""
+    if "torch._dynamo" in sys.modules:  # compiled code has a flag of its own, which this sets too
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+    else:  # without loading the compiler, which costs each new process a second
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextmanager

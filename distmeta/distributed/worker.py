@@ -22,6 +22,8 @@ from distmeta.errors import DataError
 class Ready(NamedTuple):
     """What a worker says of itself once it can work."""
 
+    label: str
+    """What messages call it."""
     process: int
     node: str
     """The address of its node."""
@@ -32,13 +34,18 @@ class Ready(NamedTuple):
 
 
 class Worker:
-    """Holds nothing but caches, so that another one can take its place at any time."""
+    """Holds nothing but caches, so that another one can take its place at any time.
 
-    def __init__(self) -> None:
+    Args:
+        label: What it is called: the run's name, and its number.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
         self.ahead: dict[Shard, list[Task]] = {}
 
     def __repr__(self) -> str:
-        return "distmeta worker"  # what Ray writes before each line of its log
+        return self.label  # what Ray writes before each line of its log
 
     def ready(self, path: Sequence[str], pickled: bytes) -> Ready:
         """Makes ready for a problem.
@@ -59,7 +66,7 @@ class Worker:
             pass
         self.node = ray.util.get_node_ip_address()
         has_data = not isinstance(self.problem.tasks, Portable) or self.problem.tasks.at_hand()
-        return Ready(os.getpid(), self.node, hardware(self.problem.device), has_data)
+        return Ready(self.label, os.getpid(), self.node, hardware(self.problem.device), has_data)
 
     def take_data(self, data: Any) -> None:
         """Takes the data of the tasks, which the workers of a node share in its object store."""

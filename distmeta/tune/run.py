@@ -41,6 +41,7 @@ from distmeta.distributed.executor import InProcess
 from distmeta.errors import ConfigError, DistmetaError, RunError, Stopped, WorkerError, one_line
 from distmeta.evaluation import describe, evaluate_tasks, finals
 from distmeta.experiment import assemble
+from distmeta.mirror import is_url
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.training import StopSignal
 from distmeta.tune.files import load_search
@@ -69,6 +70,8 @@ def search(source: str | Path | Mapping[str, Any], *changes: str) -> Path:
         Stopped: SIGINT or SIGTERM came; the search can be resumed.
     """
     settings = load_search(source, changes)
+    if settings.run_dir is not None and is_url(settings.run_dir):
+        raise ConfigError(f"run_dir: a search needs a folder that all its nodes see; given: {settings.run_dir}")
     run = RunFolder.new(settings)
     _check_metrics(settings)
     loggers = _loggers(settings)

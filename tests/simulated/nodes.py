@@ -1,4 +1,8 @@
-"""Scenarios on Ray clusters of several nodes, simulated on this machine; each prints what it found as JSON."""
+"""Scenarios on a Ray cluster of several nodes, simulated on this machine; each prints what it found as a line of JSON.
+
+python nodes.py FOLDER       reads the names of scenarios, one a line; one cluster serves them all
+python nodes.py autoscale    a cluster of its own, which needs a host of its own
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +61,6 @@ def node_name() -> str:
     own = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own)
     return next(kind.removeprefix("node-") for kind in resources if kind.startswith("node-"))
-
-
-@contextmanager
-def cluster(*nodes: dict):
-    made = Cluster(initialize_head=True, head_node_args=nodes[0], connect=True)
-    for arguments in nodes[1:]:
-        made.add_node(**arguments)
-    made.wait_for_nodes()
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 def problem(tasks):
@@ -148,35 +142,36 @@ def _is_raylet(process: Path) -> bool:
     return command[0].endswith(b"/raylet") and any(b"CPU,1" in word for word in command)
 
 
-def grow() -> dict:
-    with cluster({"num_cpus": 2}) as made:
-        given, theta = problem(Blobs())
-        with RayPool(given, Scaling(), most=TASKS_OF_STEP) as pool:
-            found = {"before": len(pool._workers) + len(pool._starting), "same_bits": True}
-            made.add_node(num_cpus=3)
-            number, deadline = 0, time.monotonic() + 60
-            while len(pool._workers) < 5 and time.monotonic() < deadline:
-                found["same_bits"] &= bool(np.array_equal(step(pool, theta, number), expected(theta, number)))
-                number += 1
-                time.sleep(0.2)
-            return found | {"after": len(pool._workers)}
+def grow(made: Cluster, folder: Path) -> dict:
+    given, theta = problem(Blobs())
+    with RayPool(given, Scaling(resources={"grow": 1}), most=TASKS_OF_STEP) as pool:
+        found = {"before": len(pool._workers) + len(pool._starting), "same_bits": True}
+        added = made.add_node(num_cpus=3, resources={"grow": 3})
+        number, deadline = 0, time.monotonic() + 60
+        while len(pool._workers) < 5 and time.monotonic() < deadline:
+            found["same_bits"] &= bool(np.array_equal(step(pool, theta, number), expected(theta, number)))
+            number += 1
+            time.sleep(0.2)
+        found["after"] = len(pool._workers)
+    made.remove_node(added)
+    made.wait_for_nodes()
+    return found
 
 
-def gpus() -> dict:
-    has = {"a": 1, "b": 2, "c": 4}
+def gpus(made: Cluster, folder: Path) -> dict:
     pairs = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=2)
-    with cluster(*({"num_cpus": 8, "num_gpus": n, "resources": {f"node-{name}": 1}} for name, n in has.items())):
-        return {
-            "whole": _told(Scaling(num_workers=7, use_gpu=True)),
-            "halves": _told(Scaling(num_workers=2, use_gpu=True, gpus_per_worker=0.5, resources={"node-a": 0.1})),
-            "refused": message(lambda: RayPool(problem(Blobs())[0], pairs, 4)),
-        }
+    halves = Scaling(num_workers=2, use_gpu=True, gpus_per_worker=0.5, resources={"node-a": 0.1})
+    return {
+        "whole": _told(Scaling(num_workers=7, use_gpu=True), folder),
+        "halves": _told(halves, folder),
+        "refused": message(lambda: RayPool(problem(Blobs())[0], pairs, 4)),
+    }
 
 
-def _told(scaling: Scaling) -> list[list[str]]:
+def _told(scaling: Scaling, folder: Path) -> list[list[str]]:
     """What each worker of a pool was told; the problem itself computes on the CPU."""
-    folder = Path(os.environ["TOLD"]) / str(time.monotonic_ns())
-    folder.mkdir(parents=True)
+    folder = folder / f"told-{time.monotonic_ns()}"
+    folder.mkdir()
     given, theta = problem(Told(folder))
     with RayPool(given, scaling, most=TASKS_OF_STEP) as pool:
         pool._wait_for(int(scaling.num_workers))
@@ -184,21 +179,18 @@ def _told(scaling: Scaling) -> list[list[str]]:
     return [json.loads(path.read_text()) for path in folder.iterdir()]
 
 
-def placement() -> dict:
-    nodes = [{"num_cpus": 4, "resources": {f"node-{name}": 1} | extra} for name, extra in
-             (("a", {}), ("b", {"special": 2}), ("c", {"scarce": 1}))]  # fmt: skip
+def placement(made: Cluster, folder: Path) -> dict:
     given, _ = problem(Blobs())
-    with cluster(*nodes):
-        found: dict = {}
-        for kind in ("spread", "pack"):
-            with RayPool(given, Scaling(num_workers=3, placement=kind), most=3) as pool:
-                pool._wait_for(3)
-                found[kind] = len(set(where_ids(pool)))
-        told = _told(Scaling(num_workers=2, resources={"special": 1}))
-        found["special"] = sorted({name for name, _ in told})
-        found["refused"] = message(lambda: RayPool(given, Scaling(num_workers=7, resources={"special": 1}), 7))
-        scarce = Scaling(num_workers=3, min_workers=3, resources={"scarce": 1}, start_timeout=8)
-        found["late"] = message(lambda: RayPool(given, scarce, 3))
+    found: dict = {}
+    for kind in ("spread", "pack"):
+        with RayPool(given, Scaling(num_workers=3, placement=kind), most=3) as pool:
+            pool._wait_for(3)
+            found[kind] = len(set(where_ids(pool)))
+    told = _told(Scaling(num_workers=2, resources={"special": 1}), folder)
+    found["special"] = sorted({name for name, _ in told})
+    found["refused"] = message(lambda: RayPool(given, Scaling(num_workers=7, resources={"special": 1}), 7))
+    scarce = Scaling(num_workers=3, min_workers=3, resources={"scarce": 1}, start_timeout=4)
+    found["late"] = message(lambda: RayPool(given, scarce, 3))
     return found
 
 
@@ -217,39 +209,69 @@ class Elsewhere(Blobs):
             worker.hardware = lambda device: "another processor"
 
 
-def hardware() -> dict:
-    nodes = [{"num_cpus": 2, "resources": {"node-a": 1}}, {"num_cpus": 1, "resources": {"node-b": 1}}]
+def hardware(made: Cluster, folder: Path) -> dict:
     given, theta = problem(Elsewhere())
-    with cluster(*nodes):
 
-        def started(scaling: Scaling) -> int:
-            with RayPool(given, scaling, most=3) as pool:
-                while pool._starting:
-                    pool._admit(ray.wait(list(pool._starting))[0])
-                step(pool, theta, 0)
-                return len(pool._workers)
+    def started(**settings) -> int:
+        with RayPool(given, Scaling(num_workers=3, resources={"mixed": 1}, **settings), most=3) as pool:
+            while pool._starting:
+                pool._admit(ray.wait(list(pool._starting))[0])
+            step(pool, theta, 0)
+            return len(pool._workers)
 
-        return {
-            "refused": message(lambda: started(Scaling(num_workers=3))),
-            "left_out": started(Scaling(num_workers=3, min_workers=1)),
-            "allowed": started(Scaling(num_workers=3, mixed_hardware=True)),
-        }
+    return {
+        "refused": message(started),
+        "left_out": started(min_workers=1),
+        "allowed": started(mixed_hardware=True),
+    }
 
 
-def data(folder: str) -> dict:
-    """The second node has a cache folder of its own, which is empty, and a data root with nothing in it."""
-    own, other = Path(folder) / "own", Path(folder) / "other"
-    os.environ["DISTMETA_CACHE"] = str(own)
+def data(made: Cluster, folder: Path) -> dict:
+    """The node b has a cache folder of its own, which is empty, and a data root with nothing in it."""
     tasks = TASKS["glyphs"](ways=3, queries=1)
     tasks.prepare()
     given, theta = problem_of(MAML(inner_lr=0.1), MLP((1, 28, 28), 3, (8,)), tasks)
-    with cluster({"num_cpus": 1}) as made:
-        made.add_node(num_cpus=1, env_vars={"DISTMETA_CACHE": str(other)})
-        made.wait_for_nodes()
-        with RayPool(given, Scaling(num_workers=2), most=TASKS_OF_STEP) as pool:
-            pool._wait_for(2)
-            same = all(np.array_equal(step(pool, theta, n), step(InProcess(given), theta, n)) for n in range(3))
-    return {"same_bits": same, "made": other.exists()}
+    with RayPool(given, Scaling(num_workers=2, resources={"data": 1}), most=TASKS_OF_STEP) as pool:
+        pool._wait_for(2)
+        same = all(np.array_equal(step(pool, theta, n), step(InProcess(given), theta, n)) for n in range(3))
+    return {"same_bits": same, "made": (folder / "cache-b").exists()}
 
 
-print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
+def serve(folder: Path) -> None:
+    """Runs the scenarios that standard input names on one cluster; what distmeta logs meanwhile is ``said``."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("distmeta").addHandler(handler)
+    os.environ["DISTMETA_CACHE"] = str(folder / "cache-a")
+    kinds = {
+        "a": {"num_gpus": 1, "resources": {"grow": 2, "mixed": 2, "data": 1}},
+        "b": {"num_gpus": 2, "resources": {"special": 2, "mixed": 1, "data": 1},
+              "env_vars": {"DISTMETA_CACHE": str(folder / "cache-b")}},
+        "c": {"num_gpus": 4, "resources": {"scarce": 1}},
+    }  # fmt: skip
+    head, *others = (
+        kind | {"num_cpus": 8, "resources": kind["resources"] | {f"node-{name}": 1}} for name, kind in kinds.items()
+    )
+    made = Cluster(initialize_head=True, head_node_args=head, connect=True)
+    for arguments in others:
+        made.add_node(**arguments)
+    made.wait_for_nodes()
+    scenarios: dict[str, Callable[[Cluster, Path], dict]] = {
+        scenario.__name__: scenario for scenario in (grow, gpus, placement, hardware, data)
+    }
+    for name in sys.stdin:
+        lines.clear()
+        try:
+            found = scenarios[name.strip()](made, folder)
+        except Exception:
+            found = {"failed": traceback.format_exc()}
+        print(json.dumps(found | {"said": lines}), flush=True)
+    ray.shutdown()
+    made.shutdown()
+
+
+if sys.argv[1] == "autoscale":
+    print(json.dumps(autoscale()))
+else:
+    serve(Path(sys.argv[1]))

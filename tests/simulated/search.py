@@ -4,9 +4,9 @@ import json
 import sys
 import threading
 import time
-from pathlib import Path
 
 import ray
+from problems import our_processes
 from ray.cluster_utils import Cluster
 
 from distmeta.tune.run import search
@@ -32,7 +32,7 @@ deadline = time.monotonic() + 20
 while ray.available_resources().get("CPU") != total and time.monotonic() < deadline:
     time.sleep(0.2)
 groups = ray.util.placement_group_table().values()
-workers = [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes().startswith(b"ray::Worker")]
+workers = [title for title in our_processes() if title.startswith("ray::Worker")]
 found = {
     "nodes": len([node for node in ray.nodes() if node["Alive"]]),
     "cpus": total,
