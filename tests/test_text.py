@@ -29,27 +29,7 @@ SUBJECTS = ["cats", "dogs", "rain", "snow", "bread", "cheese", "trains", "planes
 
 def sentences(subject: str, count: int = 12) -> list[str]:
     """Different sentences about one thing."""
-    words = [
-        "I",
-        "really",
-        "like",
-        "seldom",
-        "see",
-        "often",
-        "want",
-        "never",
-        "need",
-        "some",
-        "of",
-        "these",
-        "old",
-        "new",
-        "small",
-        "big",
-        "red",
-        "my",
-        "your",
-    ]
+    words = "I really like seldom see often want never need some old new red".split()  # noqa: SIM905
     rng = random.Random(subject)
     return [f"{' '.join(rng.sample(words, 4))} {subject} {number}" for number in range(count)]
 
