@@ -123,7 +123,8 @@ def evaluate(
 
     Args:
         run: A run, or its folder.
-        overrides: ``"key.subkey=value"`` strings of keys that may change, such as ``scaling.num_workers=8``.
+        overrides: ``"key.subkey=value"`` strings of keys that may change, such as ``scaling.num_workers=8``,
+            ``tasks.shots=5`` or ``algorithm.test_inner_steps=20``.
         episodes: Number of tasks; None for the configuration's ``evaluation.tasks``.
         checkpoint: ``best`` by validation, ``last``, or a step.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
@@ -135,7 +136,7 @@ def evaluate(
         DistmetaError: See `distmeta.errors`.
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    settings = run.config(overrides, may_change=("scaling.", "evaluation.", "data_root="))
+    settings = run.config(overrides, may_change=("scaling.", "evaluation.", "data_root=", "tasks.", "algorithm.test_"))
     experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
     config, problem = experiment.config, experiment.problem
     count = config.evaluation.tasks if episodes is None else episodes

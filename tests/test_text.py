@@ -29,27 +29,7 @@ SUBJECTS = ["cats", "dogs", "rain", "snow", "bread", "cheese", "trains", "planes
 
 def sentences(subject: str, count: int = 12) -> list[str]:
     """Different sentences about one thing."""
-    words = [
-        "I",
-        "really",
-        "like",
-        "seldom",
-        "see",
-        "often",
-        "want",
-        "never",
-        "need",
-        "some",
-        "of",
-        "these",
-        "old",
-        "new",
-        "small",
-        "big",
-        "red",
-        "my",
-        "your",
-    ]
+    words = "I really like seldom see often want never need some old new red".split()  # noqa: SIM905
     rng = random.Random(subject)
     return [f"{' '.join(rng.sample(words, 4))} {subject} {number}" for number in range(count)]
 
@@ -369,7 +349,7 @@ def test_command_line_from_training_to_predictions(things: Path, tmp_path: Path)
         return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
 
     (tmp_path / "recipe.yaml").write_text(
-        json.dumps(recipe(things, "text-cnn", {"use": "protomaml", "inner_steps": 0}))
+        json.dumps(recipe(things, "text-cnn", {"use": "protomaml", "inner_steps": 1}))
     )
     done = cli("train", "recipe.yaml", *TINY, "scaling.num_workers=0", "run_dir=run")
     assert done.returncode == 0, done.stderr

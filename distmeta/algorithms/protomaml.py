@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
+
 from distmeta.algorithms.maml import MAML
 from distmeta.core.heads import check_head, features, one_hot
 from distmeta.core.inner import InnerStep
 from distmeta.core.types import MetaParams, Params, Task, TaskLoss
 from distmeta.errors import at_least, positive
+
+ABSENT = -1e4  # a logit whose probability is 0, and which is finite
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class ProtoMAML(MAML):
         weight_NF = meta.model[f"{self.head}.weight"]
         features_SF = features(loss, meta.model, self.head, *inputs)
         member_SN = one_hot(label_S, len(weight_NF), weight_NF.dtype)
-        prototype_NF = member_SN.T @ features_SF / member_SN.sum(0)[:, None]
-        head = {f"{self.head}.weight": 2 * prototype_NF, f"{self.head}.bias": -prototype_NF.square().sum(1)}
+        count_N = member_SN.sum(0)
+        prototype_NF = member_SN.T @ features_SF / count_N.clamp(min=1)[:, None]
+        # a class without examples, where a user has fewer than the model has outputs for, is never the answer
+        bias_N = torch.where(count_N > 0, -prototype_NF.square().sum(1), ABSENT)
+        head = {f"{self.head}.weight": 2 * prototype_NF, f"{self.head}.bias": bias_N}
         return meta.model | head

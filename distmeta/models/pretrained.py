@@ -99,7 +99,8 @@ class PretrainedEncoder(Classifier):
         there_BL = tokens_BL >= 0
         dtype = self.classifier.weight.dtype
         # the whole mask: made from a short one, the library looks at its values, which vmap forbids
-        bias_B1LL = torch.where(there_BL[:, None, None, :], 0.0, torch.finfo(dtype).min).to(dtype)
+        unseen = ~there_BL[:, None, None, :]
+        bias_B1LL = torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, torch.finfo(dtype).min)
         bias_B1LL = bias_B1LL.expand(-1, -1, tokens_BL.shape[1], -1)
         states_BLW = self.encoder(input_ids=tokens_BL.clamp(min=0), attention_mask=bias_B1LL).last_hidden_state
         return self.classify(states_BLW[:, 0] if self.first else mean_of(states_BLW, there_BL))
@@ -130,6 +131,9 @@ def _load(source: str) -> tuple[nn.Module, Any]:
         raise ConfigError(
             f"model hf:{source}: {what} {place} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
+    for module in encoder.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # it makes the gradient of one token's vector zero, wherever that token stands
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # the features are taken before it
     return encoder, config

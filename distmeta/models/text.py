@@ -126,14 +126,16 @@ class TextCNN(Classifier):
         at_least("model.filters", filters, 1)
         at_least("model.sizes", min(sizes, default=0), 1)
         self.embedding = embedding(input_shape, vocabulary, width)
-        self.convolutions = nn.ModuleList(nn.Conv1d(width, filters, size, padding=size - 1) for size in sizes)
+        # without bias, so that a filter's maximum does not depend on how much padding it sees
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width, filters, size, padding=size - 1, bias=False) for size in sizes
+        )
         self.finish(filters * len(sizes), outputs, feature_norm)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Logits (B, outputs)."""
         there_BL = tokens_BL >= 0
         x_BWL = (self.embedding(tokens_BL.clamp(min=0)) * there_BL[..., None]).transpose(1, 2)
-        # padding is 0 and so is what a filter sees of it alone, but for its bias: a constant for every text
         maxima = [F.relu(convolution(x_BWL)).amax(-1) for convolution in self.convolutions]
         return self.classify(torch.cat(maxima, -1))
 
@@ -164,7 +166,7 @@ class TextTransformer(Classifier):
         there_BL = tokens_BL >= 0
         x_BLW = self.embedding(tokens_BL.clamp(min=0))
         if self.positions is not None:
-            x_BLW = x_BLW + self.positions
+            x_BLW = x_BLW + self.positions[: tokens_BL.shape[1]]
         for block in self.blocks:
             x_BLW = block(x_BLW, there_BL[:, None, None])
         return self.classify(mean_of(x_BLW, there_BL))

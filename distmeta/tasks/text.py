@@ -45,6 +45,10 @@ class FewShotText(FewShotClasses):
         str, "words (hashed), bytes, or hf:SOURCE, the tokenizer of a pretrained model (see model hf:)."
     ] = "words"
     buckets: Annotated[int, "Numbers that the tokenizer words hashes to."] = 8192
+    trim: Annotated[
+        bool,
+        "Cut the padding that all texts of a set share: faster, but shapes differ, which train.strategy: vmap refuses.",
+    ] = False
     text_column: Annotated[str, "Column (CSV) or key (JSONL) of the text."] = "text"
     label_column: Annotated[str, "Column or key of the class."] = "label"
 
@@ -124,8 +128,9 @@ class FewShotText(FewShotClasses):
         return members
 
     def inputs(self, examples: NDArray[Any]) -> Tensor:
-        """int64 [n, length]."""
-        return torch.from_numpy(examples.astype(np.int64))
+        """int64 [n, length], or as many columns as the longest text has tokens."""
+        longest = int((examples >= 0).any(0).sum()) if self.trim else self.length
+        return torch.from_numpy(examples[:, :longest].astype(np.int64))
 
     def own_task(self, support: Path, query: Path) -> OwnClasses:
         """From CSV or JSONL files of texts and labels, or class folders; the query may lack labels, or be a .txt file

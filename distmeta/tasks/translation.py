@@ -119,11 +119,13 @@ class FewShotTranslation(DataTasks):
                 counts.append(len(part))
                 examples.append(encode_pairs(list(part), self.length))
         for what, places in (
-            ("have an empty sentence", empty),
-            (f"are longer than tasks.length = {self.length} bytes", long),
+            ("with an empty sentence", empty),
+            (f"longer than tasks.length = {self.length} bytes", long),
         ):
-            if places:
-                log.warning("%d pairs %s and are left out, the first: %s", len(places), what, places[0])
+            if len(places) == 1:
+                log.warning("1 pair %s is left out: %s", what, places[0])
+            elif places:
+                log.warning("%d pairs %s are left out, the first: %s", len(places), what, places[0])
         if not names:
             raise DataError(f"there are no pairs of {self.name}")
         return ExampleSet(np.concatenate(examples).astype(np.int16), tuple(names), np.array(counts, np.int64))
@@ -297,7 +299,7 @@ class CLDRNames(FewShotTranslation):
             import babel
         except ImportError as error:
             raise ConfigError(f"tasks cldr need the library Babel; {MISSING}") from error
-        return f"babel {babel.__version__} {self.length} {self.new_targets} {self.least}"
+        return f"2 babel {babel.__version__} {self.length} {self.new_targets} {self.least}"
 
     def read(self) -> Iterator[tuple[str, Iterable[Pair]]]:
         """The names of each language, in the order of the languages' codes."""
@@ -320,7 +322,7 @@ def _names(locale: Any) -> dict[str, str]:
     for kind in ("languages", "territories", "scripts", "currencies"):
         found |= {f"{kind} {code}": name for code, name in getattr(locale, kind).items()}
     for kind, names in (("month", locale.months), ("day", locale.days)):
-        found |= {f"{kind} {number}": name for number, name in names["stand-alone"]["wide"].items()}
+        found |= {f"{kind} {number}": name for number, name in names["format"]["wide"].items()}
     units = locale._data["unit_display_names"]  # Babel has no public way to list them
     found |= {f"unit {code}": name for code, name in units.items() if isinstance(name, str)}
     return {key: name for key, name in found.items() if isinstance(name, str) and name.split() != key.split()[-1:]}
