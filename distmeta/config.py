@@ -128,6 +128,11 @@ class Scaling(Section):
     )
     threads_per_worker: int = Field(1, ge=1, description="threads of torch in a worker; part of the last bits")
     address: str | None = Field(None, description="Ray cluster to join; null: $RAY_ADDRESS, else a local one")
+    shard_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds at one shard after which a worker hangs; at least 10 times the slowest one",
+    )
     start_timeout: float = Field(
         300.0, gt=0, description="seconds to wait for the first worker, or min_workers of them"
     )

@@ -60,6 +60,7 @@ class TrainLine(BaseModel):
     tasks_per_second: float
     tasks: int
     retries: int = 0
+    duplicates: int = 0
     skipped: list[dict[str, Any]] = []
     seconds: dict[str, float]
 

@@ -29,7 +29,7 @@ class MetricsLog:
         self._rows: list[dict[str, float]] = []
         self._seconds: list[dict[str, float]] = []
         self._tasks = 0
-        self._retries = 0
+        self._retries, self._duplicates = 0, 0
         self._skipped: list[dict[str, Any]] = []
         self._step = step
 
@@ -44,12 +44,18 @@ class MetricsLog:
         self._board.close()
 
     def add(
-        self, step: int, tasks: int, metrics: Mapping[str, float], seconds: Mapping[str, float], retries: int
+        self,
+        step: int,
+        tasks: int,
+        metrics: Mapping[str, float],
+        seconds: Mapping[str, float],
+        retries: int,
+        duplicates: int,
     ) -> None:
         """Takes in one outer step."""
         self._step = step
         self._tasks += tasks
-        self._retries = retries
+        self._retries, self._duplicates = retries, duplicates
         self._rows.append(dict(metrics))
         self._seconds.append(dict(seconds))
 
@@ -67,6 +73,7 @@ class MetricsLog:
         wall = sum(spent[part] for part in ("map", "reduce", "outer"))
         record = means | {"kind": "train", "step": self._step, "steps": len(self._rows)}
         record |= {"tasks": self._tasks, "tasks_per_second": self._tasks / wall, "retries": self._retries}
+        record["duplicates"] = self._duplicates
         if self._skipped:
             record["skipped"] = self._skipped
         if self.run.mirror is not None:

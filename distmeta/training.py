@@ -252,9 +252,8 @@ class Training:
         for part in results[0].seconds:
             clock.seconds[part] = sum(result.seconds[part] for result in results)
         clock.seconds["checkpoint"], self._saving = self._saving, 0.0
-        metrics.add(
-            outer.step, settings.meta_batch_size - len(skipped), means | record, clock.seconds, self.executor.retries
-        )
+        lost = self.executor.retries, self.executor.duplicates
+        metrics.add(outer.step, settings.meta_batch_size - len(skipped), means | record, clock.seconds, *lost)
         is_best = self.best is not None and self.best["step"] == outer.step
         if is_best or outer.step % config.checkpoint.every == 0:
             self._save(run, metrics)

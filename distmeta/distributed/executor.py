@@ -15,7 +15,9 @@ class Executor(Protocol):
     """Computes shards somewhere; a context manager that gives its resources back at the end."""
 
     retries: int
-    """How many shards have been given out again after a worker was lost."""
+    """How many workers have been lost, so that their shards were given out again."""
+    duplicates: int
+    """How many shards have been given to a second worker, since the first was slow."""
 
     def map(
         self,
@@ -45,6 +47,7 @@ class InProcess:
     """
 
     retries = 0
+    duplicates = 0
 
     def __init__(self, problem: Problem) -> None:
         problem.check_device()

@@ -11,7 +11,6 @@ import logging
 import secrets
 import sys
 import time
-from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ from ray.exceptions import (
 from distmeta.config import Scaling
 from distmeta.core.types import Portable
 from distmeta.distributed.cluster import amounts, capacity, connect, demand
+from distmeta.distributed.dispatch import QUEUED, Dispatch
 from distmeta.distributed.gauges import Gauges
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work, span
 from distmeta.distributed.worker import Ready, Worker
@@ -39,8 +39,9 @@ from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 log = logging.getLogger("distmeta")
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
-QUEUED = 2  # shards that a worker has at a time: one to compute, one to begin at once after it
 TRIES = 4  # workers that a shard may lose before it is taken for the cause
+POLL = 0.5  # seconds between looks at whether a worker hangs or is slow
+HANGS = 10.0  # times what the slowest shard has taken, after which a worker is taken to hang
 LOOK = 5.0  # seconds between looks at whether the cluster has grown
 SAY = 15.0  # seconds between lines while waiting for workers
 
@@ -65,7 +66,7 @@ class RayPool:
 
     def __init__(self, problem: Problem, scaling: Scaling, most: int, name: str = "run") -> None:
         self.scaling = scaling
-        self.retries = 0
+        self.retries, self.duplicates = 0, 0
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
             connect(scaling)
@@ -90,6 +91,8 @@ class RayPool:
             self._fetching: dict[Any, Ready] = {}  # those of the starting ones that wait for data
             self._workers: dict[Any, Ready] = {}
             self._holders: dict[Shard, Any] = {}  # who has sampled the data of which shard of this step
+            self._late: dict[ray.ObjectRef, tuple[Any, float]] = {}  # shards that others have done, and since when
+            self._slowest = 0.0  # seconds of a shard
             self._left_out = 0
             self._hardware: str | None = None
             self._stillborn = 0
@@ -244,80 +247,101 @@ class RayPool:
         further = None if second is None else ray.put(second)
         if second is None:
             self._holders.clear()
-        waiting = deque(range(len(shards)))
+        round_ = Dispatch(shards, self._holders)
         results: dict[int, ShardResult] = {}
         running: dict[ray.ObjectRef, tuple[Any, int]] = {}
-        queues: dict[Any, list[int]] = {}
-        tries: Counter[int] = Counter()
         # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
         ahead = {w: upcoming[i :: len(self._workers)][:QUEUED] for i, w in enumerate(self._workers)}
-        while len(results) < len(shards):
-            while (given := self._next(waiting, shards, queues)) is not None:
+        while round_.missing:
+            busy = {worker for worker, _ in self._late.values()}
+            while (given := round_.next([w for w in self._workers if w not in busy])) is not None:
                 worker, index = given
-                waiting.remove(index)
+                again = any(index == other for _, other in running.values())
+                self.duplicates += again
+                if again:
+                    log.info("%s take long: an idle worker does them as well", span(shards[index]))
                 running[worker.run.remote(work, broadcast, shards[index], further)] = (worker, index)
-                queues[worker].append(index)
+            computing = bool(running or self._late)
             done, _ = ray.wait(
-                [*running, *self._starting], num_returns=1, timeout=None if running else self.scaling.start_timeout
+                [*running, *self._late, *self._starting],
+                num_returns=1,
+                timeout=POLL if computing else self.scaling.start_timeout,
             )
-            if not done:
+            if not done and not computing:
                 raise self._none_started(1)
+            limit = max(self.scaling.shard_timeout, HANGS * self._slowest)
+            for worker in [*round_.hung(limit), *self._hung_since(limit)]:
+                self._lose(worker, round_, f"at one shard for more than {limit:.0f} s")
             for ref in done:
                 if ref in self._starting:
                     self._admit([ref])
-                    continue
-                worker, index = running.pop(ref)
-                try:
-                    results[index] = ray.get(ref)
-                    queues[worker].remove(index)
-                    self._holders[shards[index]] = worker
-                except LOST as error:
-                    waiting.appendleft(index)
-                    if worker in self._workers:
-                        at = queues[worker][0]  # the one it was computing; what was queued behind it is not to blame
-                        tries[at] += 1
-                        self._replace(worker, error, shards[at], tries[at])
-                except RayTaskError as error:
-                    raise _unwrap(error) from None
-                except RayError as error:
-                    raise WorkerError(f"Ray failed at {span(shards[index])}: {one_line(error)}") from error
-                else:
-                    if not waiting and not queues[worker] and worker in ahead:
+                elif ref in self._late:
+                    self._let_go(ref, round_)
+                elif ref in running:  # and not of a worker that has just been given up
+                    self._take(ref, *running.pop(ref), round_, results)
+                    worker = next((w for w in ahead if not round_.waiting and not round_.queues.get(w)), None)
+                    if worker is not None and worker in self._workers:
                         worker.prepare.remote(ahead.pop(worker))
+        # A worker that is still at a shard which another has done is free again when it has done it, too.
+        self._late |= {ref: (w, round_.began[w]) for ref, (w, _) in running.items() if w in self._workers}
         ordered = [results[index] for index in range(len(shards))]
         if work == "meta_gradient" and second is None:
             self._gauges.step(ordered, time.perf_counter() - start, len(self._workers))
         return ordered
 
-    def _next(
-        self, waiting: Sequence[int], shards: Sequence[Shard], queues: dict[Any, list[int]]
-    ) -> tuple[Any, int] | None:
-        """Whom to send which shard: the first of the idlest, and the first for which no other has sampled the data."""
-        for worker in sorted(self._workers, key=lambda w: len(queues.setdefault(w, []))):
-            if len(queues[worker]) >= QUEUED:
-                return None
-            for index in waiting:
-                holder = self._holders.get(shards[index], worker)
-                if holder == worker or holder not in self._workers:
-                    return worker, index
-        return None
+    def _take(
+        self,
+        ref: ray.ObjectRef,
+        worker: Any,
+        index: int,
+        round_: Dispatch[Any],
+        results: dict[int, ShardResult],
+    ) -> None:
+        """Takes in what has come of a shard."""
+        try:
+            result: ShardResult = ray.get(ref)
+        except LOST as error:
+            self._lose(worker, round_, type(error).__name__)
+        except RayTaskError as error:
+            raise _unwrap(error) from None
+        except RayError as error:
+            raise WorkerError(f"Ray failed at {span(round_.shards[index])}: {one_line(error)}") from error
+        else:
+            self._slowest = max(self._slowest, sum(result.seconds.values()))
+            if round_.done(worker, index):
+                results[index] = result
 
-    def _replace(self, worker: Any, error: Exception, shard: Shard, tries: int) -> None:
-        """Lets go of a lost worker and starts another, without waiting for it."""
+    def _let_go(self, ref: ray.ObjectRef, round_: Dispatch[Any]) -> None:
+        """Frees a worker that has ended a shard of an earlier round, which another had done before."""
+        worker, _ = self._late.pop(ref)
+        try:
+            ray.get(ref)
+        except LOST as error:
+            self._lose(worker, round_, type(error).__name__)
+        except RayError as error:
+            log.warning("a shard failed that another worker has done: %s", one_line(error))
+
+    def _hung_since(self, limit: float) -> list[Any]:
+        return [worker for worker, began in self._late.values() if time.monotonic() - began > limit]
+
+    def _lose(self, worker: Any, round_: Dispatch[Any], why: str) -> None:
+        """Lets go of a worker that is lost or hangs, and starts another, without waiting for it."""
+        if worker not in self._workers:
+            return
+        at = round_.lost(worker)
+        self._late = {ref: late for ref, late in self._late.items() if late[0] != worker}
         self.retries += 1
         self._gauges.lost()
         lost = self._workers.pop(worker)
-        log.warning(
-            "%s on %s was lost at %s (%s): another worker redoes them",
-            lost.label, lost.node, span(shard), type(error).__name__,
-        )  # fmt: skip
+        where = span(round_.shards[at]) if at is not None else "work that another had done"
+        log.warning("%s on %s was lost at %s (%s): another worker redoes them", lost.label, lost.node, where, why)
         ray.kill(worker)
         self._add_worker()
-        if tries >= TRIES:
+        if at is not None and round_.tries[at] >= TRIES:
             raise WorkerError(
-                f"{span(shard)} have lost {tries} workers in a row: {one_line(error)}. They may need more memory than "
-                "a worker has; lower train.shard_size or the size of a task"
-            ) from error
+                f"{where} have lost {TRIES} workers in a row: {why}. They may need more memory than a worker has; "
+                "lower train.shard_size or the size of a task"
+            )
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""

@@ -1,0 +1,111 @@
+"""Which worker is sent which shard: the bookkeeping of a pool, which knows nothing of Ray."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, MutableMapping, Sequence
+from typing import Generic, TypeVar
+
+from distmeta.distributed.work import Shard
+
+QUEUED = 2  # shards that a worker has at a time: one to compute, one to begin at once after it
+SLOW = 3.0  # times what a shard has taken on the median, after which an idle worker does it as well
+SLOW_AT_LEAST = 2.0  # seconds: to send a shard twice is not worth less
+
+W = TypeVar("W", bound=Hashable)
+
+
+class Dispatch(Generic[W]):
+    """One round of shards, until there is a result for each.
+
+    A worker has at most two shards at a time. When none is left to begin and a worker is idle, it is given what a slow
+    one has not come to, or has been at for `SLOW` times the median, as well: whichever result comes first counts, and
+    they are equal.
+
+    Args:
+        shards: The round.
+        holders: Who has sampled the data of which shard, and is therefore given it if possible; kept up to date.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        holders: MutableMapping[Shard, W],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.shards, self.holders, self.clock = shards, holders, clock
+        self.waiting = deque(range(len(shards)))
+        self.missing = set(self.waiting)
+        self.queues: dict[W, list[int]] = {}
+        self.began: dict[W, float] = {}
+        """When each worker came to the first shard of its queue."""
+        self.tries: Counter[int] = Counter()
+        """How many workers have been lost at each shard."""
+        self.durations: list[float] = []
+
+    def next(self, workers: Collection[W]) -> tuple[W, int] | None:
+        """The next shard to send, by its place in the round, and the one of ``workers`` to send it to; None: nobody."""
+        for worker in sorted(workers, key=lambda w: len(self.queues.get(w, []))):
+            queue = self.queues.get(worker, [])
+            if len(queue) >= QUEUED:
+                return None
+            for index in self.waiting:
+                holder = self.holders.get(self.shards[index], worker)
+                if holder == worker or holder not in workers:
+                    self.waiting.remove(index)
+                    return self._sent(worker, index)
+            if not queue and not self.waiting and (late := self._late()) is not None:
+                return self._sent(worker, late)
+        return None
+
+    def _sent(self, worker: W, index: int) -> tuple[W, int]:
+        queue = self.queues.setdefault(worker, [])
+        if not queue:
+            self.began[worker] = self.clock()
+        queue.append(index)
+        return worker, index
+
+    def _late(self) -> int | None:
+        """A shard that only a slow worker has, the last of its queue."""
+        if not self.durations:
+            return None
+        patience = max(SLOW * statistics.median(self.durations), SLOW_AT_LEAST)
+        copies = Counter(index for queue in self.queues.values() for index in queue)
+        slowest = sorted((w for w, queue in self.queues.items() if queue), key=lambda w: self.began[w])
+        for worker in slowest:
+            if self.clock() - self.began[worker] > patience:
+                for index in reversed(self.queues[worker]):
+                    if index in self.missing and copies[index] == 1:
+                        return index
+        return None
+
+    def done(self, worker: W, index: int) -> bool:
+        """Takes in that a result has come; whether it is the first for its shard."""
+        now = self.clock()
+        if worker in self.queues:  # and has not been given up a moment before
+            self.durations.append(now - self.began[worker])
+            self.began[worker] = now
+            self.queues[worker].remove(index)
+            self.holders[self.shards[index]] = worker
+        if index in self.waiting:
+            self.waiting.remove(index)
+        first = index in self.missing
+        self.missing.discard(index)
+        return first
+
+    def lost(self, worker: W) -> int | None:
+        """Takes in that a worker is gone, its shards are to be sent again; the one that it was at, if any."""
+        queue = self.queues.pop(worker, [])
+        for index in reversed(queue):
+            if index in self.missing and not any(index in other for other in self.queues.values()):
+                self.waiting.appendleft(index)
+        if queue:
+            self.tries[queue[0]] += 1
+        return queue[0] if queue else None
+
+    def hung(self, limit: float) -> list[W]:
+        """The workers that have been at one shard for more than ``limit`` seconds."""
+        return [w for w, queue in self.queues.items() if queue and self.clock() - self.began[w] > limit]

@@ -1,0 +1,157 @@
+"""Who is sent which shard, with a clock that the test turns; and a worker that stands still."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from problems import Blobs, problem_of
+
+from distmeta import MAML
+from distmeta.config import Scaling
+from distmeta.distributed.dispatch import QUEUED, SLOW, Dispatch
+from distmeta.distributed.executor import InProcess, reduce_mean
+from distmeta.distributed.ray import RayPool
+from distmeta.distributed.work import shards_of
+from distmeta.models import MLP
+
+SHARDS = shards_of("train", 0, 6, 1)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def sent(round_: Dispatch[str], *workers: str) -> list[tuple[str, int]]:
+    """All that is to be sent now."""
+    given = []
+    while (one := round_.next(workers)) is not None:
+        given.append(one)
+    return given
+
+
+def test_each_worker_has_two_at_a_time(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS, {}, clock)
+    assert sent(round_, "a", "b") == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]
+    assert QUEUED == 2
+    assert round_.done("b", 1)
+    assert sent(round_, "a", "b") == [("b", 4)]
+    assert round_.holders == {SHARDS[1]: "b"}
+
+
+def test_who_holds_the_data_gets_the_shard(clock: Clock) -> None:
+    holders = {SHARDS[0]: "b", SHARDS[1]: "a", SHARDS[2]: "gone"}
+    round_ = Dispatch[str](SHARDS[:3], holders, clock)
+    assert sent(round_, "a", "b") == [("a", 1), ("b", 0), ("a", 2)]
+
+
+def test_a_lost_workers_shards_come_first(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS, {}, clock)
+    sent(round_, "a", "b")
+    assert round_.lost("a") == 0
+    assert list(round_.waiting) == [0, 2, 4, 5]
+    assert round_.tries == {0: 1}, "what was queued behind it is not to blame"
+    assert round_.lost("never here") is None
+
+
+def test_an_idle_worker_does_what_a_slow_one_has(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS[:4], {}, clock)
+    assert sent(round_, "a", "b") == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]
+    for index in (1, 3):
+        clock.now += 10
+        assert round_.done("b", index)
+    assert sent(round_, "a", "b") == [], "20 seconds are not three times 10"
+    clock.now = 10 * SLOW + 0.1
+    assert sent(round_, "a", "b") == [("b", 2)], "which the slow one has not come to"
+    clock.now += 10
+    assert round_.done("b", 2)
+    assert sent(round_, "a", "b") == [("b", 0)], "and then what it is at"
+    assert sent(round_, "a", "b", "c") == [], "no third copy"
+    clock.now += 1
+    assert round_.done("a", 0), "the first result counts"
+    assert not round_.missing
+    assert not round_.done("b", 0)
+
+
+def test_short_shards_are_not_sent_twice(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS[:2], {}, clock)
+    sent(round_, "a", "b")
+    clock.now = 0.01
+    round_.done("a", 0)
+    clock.now = 1.9
+    assert sent(round_, "a", "b") == []
+
+
+def test_a_lost_copy_is_not_sent_again(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS[:2], {}, clock)
+    sent(round_, "a", "b")
+    clock.now = 1.0
+    round_.done("b", 1)
+    clock.now = 4.0
+    assert sent(round_, "a", "b") == [("b", 0)]
+    assert round_.lost("a") == 0
+    assert not round_.waiting, "the idle worker is at it already"
+
+
+def test_a_result_of_a_worker_given_up_counts(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS[:2], {}, clock)
+    sent(round_, "a")
+    round_.lost("a")
+    assert list(round_.waiting) == [0, 1]
+    assert round_.done("a", 0)
+    assert sent(round_, "b") == [("b", 1)]
+
+
+def test_hung_workers_are_those_at_one_shard_for_long(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS[:4], {}, clock)
+    sent(round_, "a", "b")
+    clock.now = 9.0
+    round_.done("b", 1)
+    clock.now = 12.0
+    assert round_.hung(10.0) == ["a"]
+    assert round_.hung(2.0) == ["a", "b"]
+
+
+@pytest.mark.parametrize("timeout", [4.0, 300.0])
+def test_a_worker_that_stands_still_changes_nothing(timeout: float, ray_cluster: None) -> None:
+    """Stopped in the middle of its work: another one does its shards, and where it is given up, it is replaced."""
+    problem, theta = problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Blobs())
+    rounds = [shards_of("train", step, 12, 2) for step in range(8)]
+    expected = [reduce_mean(InProcess(problem).map("meta_gradient", theta, shards)) for shards in rounds]
+    with RayPool(problem, Scaling(num_workers=2, shard_timeout=timeout), most=6) as pool:
+        pool._wait_for(2)
+        victim, state = next(iter(pool._workers.items()))
+        stopper = threading.Timer(0.3, os.kill, (state.process, signal.SIGSTOP))
+        stopper.start()
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not pool.duplicates + pool.retries:
+                for shards, wanted in zip(rounds, expected, strict=True):
+                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards)), wanted)
+            if timeout == 4.0:
+                while time.monotonic() < deadline and victim in pool._workers:
+                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, rounds[0])), expected[0])
+                assert pool.retries == 1
+            else:
+                assert pool.duplicates >= 1
+                assert pool.retries == 0
+                os.kill(state.process, signal.SIGCONT)
+                while time.monotonic() < deadline and pool._late:
+                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, rounds[0])), expected[0])
+                assert not pool._late, "it takes part again"
+        finally:
+            stopper.join()
+            if timeout == 300.0:
+                os.kill(state.process, signal.SIGCONT)
