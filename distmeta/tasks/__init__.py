@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from distmeta.tasks.cifar import CifarFS
+from distmeta.tasks.cldr import CLDRNames
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
 from distmeta.tasks.text import Clinc150, OwnText
-from distmeta.tasks.translation import CLDRNames, ParallelText
+from distmeta.tasks.translation import ParallelText
 
 TASKS: dict[str, Callable[..., Any]] = {
     "cifar_fs": CifarFS,
