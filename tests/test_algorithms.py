@@ -160,6 +160,16 @@ def test_prototypes_classify_by_the_nearest_mean(network: HeadedMLP) -> None:
     assert relative_error(logits.softmax(1), expected) < 1e-12
 
 
+def test_prototypes_of_fewer_classes_than_outputs(network: HeadedMLP) -> None:
+    problem, theta = problem_of(ProtoMAML(inner_lr=0.1, inner_steps=2), network, Blobs(shots=3, dtype=DOUBLE))
+    (x, y), (query_x, query_y) = first_task(problem)
+    known = Episode((x[y < 2], y[y < 2]), (query_x[query_y < 2], query_y[query_y < 2]))
+    adapted = problem.algorithm.adapt(split(problem.layout.unpack(theta)), known, problem.loss)
+    probability = problem.loss.predict(adapted, known.query_set[0]).softmax(1)
+    assert bool(probability.isfinite().all())
+    assert float(probability[:, 2].max()) < 1e-12, "a class without examples is never the answer"
+
+
 def test_ridge_head_minimises_the_regularised_squared_error(network: HeadedMLP) -> None:
     """‖X W − Y‖² + lambda ‖W‖² by least squares on the rows of X and of sqrt(lambda) I."""
     problem, theta = problem_of(R2D2(ridge=0.3, scale=2.0), network, Blobs(shots=3, dtype=DOUBLE))

@@ -19,9 +19,10 @@ import distmeta
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import ConfigError, DataError
+from distmeta.tasks.cldr import CLDRNames
 from distmeta.tasks.datasets import SPLITS
 from distmeta.tasks.tokens import PADDING
-from distmeta.tasks.translation import CLDRNames, ParallelText, batch_of, decode, encode_pairs, greedy, pairs_of, scores
+from distmeta.tasks.translation import ParallelText, batch_of, decode, encode_pairs, greedy, pairs_of, scores
 
 WORDS = [f"{a}{b}{c}" for a in "bdgk" for b in "aeiou" for c in "lmnr"]  # 80
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distmeta.tasks.cifar import CifarFS
+from distmeta.tasks.cldr import CLDRNames
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.locomotion import Ant, Gym, HalfCheetahDirection, HalfCheetahVelocity
 from distmeta.tasks.metaworld import MetaWorld
@@ -14,7 +15,7 @@ from distmeta.tasks.navigation import Navigation
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.sinusoid import Sinusoid
 from distmeta.tasks.text import Clinc150, OwnText
-from distmeta.tasks.translation import CLDRNames, ParallelText
+from distmeta.tasks.translation import ParallelText
 
 TASKS: dict[str, Callable[..., Any]] = {
     "ant": Ant,

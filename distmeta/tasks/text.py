@@ -106,26 +106,24 @@ class FewShotText(FewShotClasses):
         counts = np.array([len(by_class[name]) for name in names], np.int64)
         return ExampleSet(table(lists, self.length), tuple(names), counts)
 
-    @cached_property
-    def members(self) -> dict[Split, NDArray[np.int64]]:
-        """The classes of each split, checked; a text that two splits have is reported."""
-        members = super().members
+    def prepare(self) -> None:
+        """See `DataTasks.prepare`; texts that classes of two splits have are reported."""
+        super().prepare()
         seen: dict[bytes, int] = {}
         found: list[str] = []
-        ends = self.dataset.starts + self.dataset.counts
         for split in SPLITS:
-            for group in members[split].tolist():
-                rows = self.dataset.examples[self.dataset.starts[group] : ends[group]]
-                for row in rows:
+            groups = set(self.members[split].tolist())
+            for group in sorted(groups):
+                first = self.dataset.starts[group]
+                for row in self.dataset.examples[first : first + self.dataset.counts[group]]:
                     other = seen.setdefault(row.tobytes(), group)
-                    if other not in members[split]:
+                    if other not in groups:
                         found.append(f"{self.dataset.names[group]} ({split}) and {self.dataset.names[other]}")
         if found:
             log.warning(
                 "%s in classes of two splits, so that unseen classes are not wholly unseen%s",
                 *_told(found, "text stands", "texts stand"),
             )
-        return members
 
     def inputs(self, examples: NDArray[Any]) -> Tensor:
         """int64 [n, length], or as many columns as the longest text has tokens."""
