@@ -87,6 +87,8 @@ def draw(paths: Paths) -> Figure:
         panel.set_xlim(middle[0] - half, middle[0] + half)
         panel.set_ylim(middle[1] - half, middle[1] + half)
         panel.set_aspect("equal")
+        panel.set_xlabel("x")
+        panel.set_ylabel("y")
         tidy(panel)
     legend(figure, panels[0].get_legend_handles_labels()[0])
     return figure

@@ -22,7 +22,7 @@ MAY_CHANGE = (
     "scaling.num_workers=", "scaling.min_workers=", "scaling.resources", "scaling.placement=",
     "scaling.cpus_per_worker=", "scaling.gpus_per_worker=", "scaling.address=",
     "scaling.start_timeout=", "scaling.shard_timeout=", "evaluation.", "checkpoint.", "validation.", "train.steps=",
-    "train.log_every=", "data_root=",
+    "train.log_every=", "train.on_failure=", "data_root=",
 )  # fmt: skip
 """Keys that may be changed when a run is resumed: none of them changes the parameters after a given step."""
 

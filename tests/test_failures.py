@@ -126,6 +126,12 @@ def test_replay_of_a_step_is_to_the_bit(tmp_path: Path) -> None:
     assert f"of step {number} " in str(stopped.value)
     first = replay(tmp_path / "run", number, 0)
     assert first.rerun == 0
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    distmeta.resume(copy, "train.on_failure=skip")
+    straight = train(tmp_path / "straight", "train.steps=10", "scaling.num_workers=0", "train.on_failure=skip")
+    last = "checkpoints/step-00000010/meta.safetensors"
+    assert (copy / last).read_bytes() == (straight.path / last).read_bytes()
+
     shutil.rmtree(step)
     again = replay(tmp_path / "run", number, 0)
     assert again.rerun == number
