@@ -138,7 +138,9 @@ def test_meta_gradient_and_curvature_by_finite_differences(name: str, estimator:
     assert isinstance(algorithm, Bilevel)
     shard, rng, length = Shard("train", 3, 0, 2), np.random.default_rng(0), 1e-6
     problem.run("meta_gradient", theta, shard)
-    tasks = problem.recordings.of(theta, shard)
+    recorded = problem.recordings.of(theta, shard)
+    assert recorded is not None
+    tasks = list(recorded[0].values())
     at = theta + 0.02 * rng.standard_normal(theta.size)
 
     def value(vector: np.ndarray, what: str) -> float:
