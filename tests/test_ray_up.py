@@ -1,4 +1,7 @@
-"""``ray up`` of cluster/onprem.yaml, for real: a head, two workers and a laptop, all on this machine."""
+"""docs/cluster.md followed to the letter: a head, two workers and a laptop, all on this machine.
+
+The laptop's ``cluster.yaml`` is cluster/onprem.yaml; its commands are those of the page, but for the job (`SHORTER`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,7 +50,11 @@ NODES = (
     "import ray; ray.init('auto', log_to_driver=False); "
     "print([node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']])"
 )
-UP = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_AUTH_MODE": "token"}
+UP = {"RAY_UP_enable_autoscaler_v2": "0"}  # which the page asks for with machines of one's own
+SHORTER = {
+    "glyphs-5way-1shot-maml": "lines.yaml tasks.wait=0.05",
+    "scaling.num_workers=8": "scaling.num_workers=3 scaling.placement=spread",
+}
 
 
 @pytest.fixture
@@ -77,75 +85,118 @@ def config_for(hosts: Hosts) -> dict:
     return config
 
 
+class Page:
+    """The commands of docs/cluster.md, each of which is run once, on the laptop in the folder of the job."""
+
+    def __init__(self, hosts: Hosts, folder: Path) -> None:
+        self.hosts, self.folder, self.environment = hosts, folder, dict(UP)
+        text = (PROJECT / "docs" / "cluster.md").read_text()
+        self.left: list[str] = []
+        for section in ("Up, a job, down", "While it runs"):
+            (block,) = re.findall(rf"^## {section}\n\n```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+            lines = (line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+            self.left += filter(None, lines)
+
+    def popen(self, start: str, **replaced: str) -> subprocess.Popen[str]:
+        """Starts the next command that begins with ``start``."""
+        command = next(line for line in self.left if line.startswith(start))
+        self.left.remove(command)
+        for old, new in replaced.items():
+            assert old in command, f"{old} is not in {command!r}"
+            command = command.replace(old, new)
+        return self.hosts.popen("laptop", f"cd {self.folder} && {command.removesuffix('&')}", **self.environment)
+
+    def run(self, start: str, timeout: float = 120, **replaced: str) -> str:
+        """Runs the next command that begins with ``start``, and returns what it says."""
+        process = self.popen(start, **replaced)
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"{start!r} has not ended: {process.communicate()[0]}") from None
+        assert process.returncode == 0, said
+        return said
+
+    def export(self) -> None:
+        """Does the next export."""
+        command = next(line for line in self.left if line.startswith("export "))
+        self.left.remove(command)
+        self.environment |= dict(pair.split("=") for pair in command.split()[1:])
+
+
 @pytest.mark.timeout(600)
 def test_up_a_job_through_a_cut_cable_and_down(tmp_path: Path, job: Path) -> None:
     with Hosts(["head", "one", "two", "laptop"], tmp_path) as hosts:
-        file = tmp_path / "cluster.yaml"
-        file.write_text(yaml.safe_dump(config_for(hosts)))
+        (job / "cluster.yaml").write_text(yaml.safe_dump(config_for(hosts)))
+        page = Page(hosts, job)
+        page.run("ray get-auth-token --generate")
+        page.export()
+        page.run("ray up", timeout=240)
 
-        hosts.run("laptop", "ray get-auth-token --generate")
-        hosts.run("laptop", f"ray up --yes --no-config-cache {file}", timeout=240, **UP)
+        # Who has no token is told so.
+        train = f"cd {job} && distmeta train lines.yaml scaling.address=10.77.0.1:6379 run_dir=/root/refused"
+        strangers: list[dict[str, str]] = [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}]
+        refused = [hosts.popen("one", train, **environment) for environment in strangers]
         nodes, deadline = "", time.monotonic() + 120
         while not all(hosts.addresses[name] in nodes for name in ("head", "one", "two")):
             assert time.monotonic() < deadline, nodes
-            time.sleep(1)
             nodes = hosts.run("head", f"python -c {shlex.quote(NODES)}", RAY_AUTH_MODE="token")
-
-        # Who has no token is told so.
-        for environment in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
-            train = f"cd {job} && distmeta train lines.yaml scaling.address=10.77.0.1:6379 run_dir=/root/refused"
-            refused = hosts.popen("two", train, **environment)
-            said, _ = refused.communicate(timeout=120)
-            assert refused.returncode == 2, said
+        for process in refused:
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 2, said
             assert "the Ray cluster 10.77.0.1:6379 cannot be joined" in said
             assert "auth_token" in said and "Traceback" not in said
 
-        tunnel = hosts.popen("laptop", f"ray dashboard {file}", **UP)
+        tunnel = page.popen("ray dashboard")
         try:
-            submit = (
-                f"ray job submit --address http://127.0.0.1:8265 --working-dir {job} -- distmeta train lines.yaml "
-                "tasks.wait=0.05 scaling.num_workers=3 scaling.placement=spread run_dir=/root/runs/first"
-            )
-            deadline = time.monotonic() + 60
-            while (asked := hosts.popen("laptop", "ray job list --address http://127.0.0.1:8265", **UP)).wait(60):
-                assert tunnel.poll() is None and time.monotonic() < deadline, asked.communicate()[0]
-                time.sleep(1)
-            running = hosts.popen("laptop", submit, **UP)
-            _wait_for_step(hosts, 10)
+            _wait_for("the tunnel", lambda: _succeeds(hosts, "laptop", "bash -c '</dev/tcp/127.0.0.1/8265'"))
+            running = page.popen("ray job submit", **SHORTER)
+            _wait_for("ten steps", lambda: len(_metrics(hosts)) >= 10)
+            _wait_for("the worker on two", lambda: "ray::Worker.run" in hosts.run("two", "ps -eo args"))
             hosts.link("two", "down")
             time.sleep(8)
             hosts.link("two", "up")
+            assert "of 60 outer steps" in page.run("ray exec")
             said, _ = running.communicate(timeout=200)
             assert running.returncode == 0, said
-            assert re.search(r"worker \d+ on 10\.77\.0\.3 was lost at tasks", said), said
+            assert re.search(r"lines worker \d+ on 10\.77\.0\.3 was lost at tasks", said), said
             assert "succeeded" in said
+            (name,) = set(re.findall(r"raysubmit_\w+", said))
+            assert "was lost at tasks" in page.run("ray job logs", JOB=name)
         finally:
             tunnel.kill()
 
-        seen = hosts.run("laptop", f"ray exec {file} 'distmeta status /root/runs/first'", **UP)
+        seen = page.run("ray exec")
         assert "60 of 60 outer steps" in seen and "finished" in seen
-        hosts.run("laptop", f"ray rsync-down {file} /root/runs/first/ {tmp_path}/first/", **UP)
+        page.run("ray rsync-down")
+        page.run("ray down")
+        assert page.left == ['pip install "ray[default]" boto3'], "all that the page says has been done"
 
-        hosts.run("laptop", f"ray down --yes {file}", timeout=120, **UP)
+        command = [sys.executable, "-m", "distmeta", "train", "lines.yaml", "scaling.num_workers=0", "run_dir=alone"]
+        done = subprocess.run(command, cwd=job, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        weights = "checkpoints/step-00000060/meta.safetensors"
+        assert (job / "first" / weights).read_bytes() == (job / "alone" / weights).read_bytes()
+
         # Workers end when they have missed the head for long enough; what watches over them ends later still.
-        deadline = time.monotonic() + 180
         for name in ("head", "one", "two"):
-            while re.search("raylet|gcs_server|ray::", left := hosts.run(name, "ps -eo args")):
-                assert time.monotonic() < deadline, left
-                time.sleep(1)
-
-    command = [sys.executable, "-m", "distmeta", "train", "lines.yaml", "scaling.num_workers=0", "run_dir=alone"]
-    done = subprocess.run(command, cwd=job, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    weights = "checkpoints/step-00000060/meta.safetensors"
-    assert (tmp_path / "first" / weights).read_bytes() == (job / "alone" / weights).read_bytes()
+            _wait_for(
+                f"the end of Ray on {name}",
+                lambda name=name: not re.search("raylet|gcs_server|ray::", hosts.run(name, "ps -eo args")),
+                seconds=180,
+            )
 
 
-def _wait_for_step(hosts: Hosts, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        lines = hosts.run("head", "cat /root/runs/first/metrics.jsonl 2>/dev/null | wc -l")
-        if int(lines) >= step:
-            return
+def _wait_for(what: str, there: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, f"{what} has not come"
         time.sleep(0.5)
-    raise AssertionError(f"the job has not come to step {step}")
+
+
+def _succeeds(hosts: Hosts, name: str, command: str) -> bool:
+    return hosts.popen(name, command).wait(30) == 0
+
+
+def _metrics(hosts: Hosts) -> list[str]:
+    return hosts.run("head", "cat /home/ubuntu/runs/first/metrics.jsonl 2>/dev/null || true").splitlines()

@@ -1,6 +1,6 @@
 """Hosts simulated on one machine: namespaces of network, processes, mounts, names and IPC, on a bridge of their own.
 
-Each host has its own address, its own process tree, its own /tmp, /run, /dev/shm and home of root, and sshd. The
+Each host has its own address, its own process tree, its own /tmp, /run, /dev/shm and homes, and sshd. The
 interpreter and the project are bound into it; nothing else of the temporary folders or of root's home is.
 """
 
@@ -17,7 +17,7 @@ from typing import Self
 
 NEEDS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "rsync")
 PROJECT = Path(__file__).resolve().parents[2]
-OWN = ("/tmp", "/run", "/dev/shm", "/root")
+OWN = ("/tmp", "/run", "/dev/shm", "/root", "/home")
 
 SCRIPT = """
 set -e
