@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,7 +16,7 @@ from distmeta.config import Outer
 from distmeta.core.params import Layout
 from distmeta.core.types import Params
 from distmeta.distributed.work import Problem
-from distmeta.errors import CheckpointError, ConfigError, NumericalError
+from distmeta.errors import CheckpointError, ConfigError, DistmetaError, NumericalError
 from distmeta.trust_region import Passes, natural_step
 
 
@@ -69,26 +70,34 @@ class OuterLoop:
             record["grad_norm"] = float(torch.from_numpy(gradient).norm())
             gradient, said = natural_step(self.vector(), gradient, passes, self.trust_region)
             record |= said
-        for count in range(self.passes):
-            if count:
-                gradient = passes.gradient(self.vector())
-            for name, tensor in self.layout.unpack(gradient).items():
-                self.params[name].grad = tensor
-            largest = float("inf") if self.clip_norm is None else self.clip_norm
-            norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), largest))
-            if not np.isfinite(norm):
-                raise NumericalError(
-                    f"the mean meta-gradient of step {self.step} has the norm {norm}; lower algorithm.inner_lr or "
-                    "outer.lr"
-                )
-            self.optimizer.step()
-            if not self.sound():
-                raise NumericalError(f"the meta-parameters after step {self.step} are not finite; lower outer.lr")
-            record.setdefault("grad_norm", norm)
+        before = self._copy() if self.passes > 1 else None
+        try:
+            for count in range(self.passes):
+                norm = self._descend(passes.gradient(self.vector()) if count else gradient)
+                record.setdefault("grad_norm", norm)
+        except DistmetaError:
+            if before is not None:
+                self.restore(*before)  # a step half done is no state to go on from
+            raise
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
         return record
+
+    def _descend(self, gradient: np.ndarray) -> float:
+        """One update of the optimizer; the norm of the gradient before clipping."""
+        for name, tensor in self.layout.unpack(gradient).items():
+            self.params[name].grad = tensor
+        largest = float("inf") if self.clip_norm is None else self.clip_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), largest))
+        if not np.isfinite(norm):
+            raise NumericalError(
+                f"the mean meta-gradient of step {self.step} has the norm {norm}; lower algorithm.inner_lr or outer.lr"
+            )
+        self.optimizer.step()
+        if not self.sound():
+            raise NumericalError(f"the meta-parameters after step {self.step} are not finite; lower outer.lr")
+        return norm
 
     def set_lr(self, lr: float) -> None:
         """Changes the learning rate of all updates to come; a schedule would not know of it."""
@@ -114,6 +123,11 @@ class OuterLoop:
             "optimizer": {"state": plain, "param_groups": packed["param_groups"]},
             "schedule": schedule,
         }
+
+    def _copy(self) -> tuple[Params, dict[str, Tensor], dict[str, Any]]:
+        """The arguments with which `restore` goes back to here."""
+        tensors, plain = copy.deepcopy(self.state())
+        return {name: parameter.detach().clone() for name, parameter in self.params.items()}, tensors, plain
 
     def restore(self, params: Params, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Goes back to a saved state.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from problems import relative_error
 from torch import Tensor, nn
 
-from distmeta.config import TrustRegion
+from distmeta.config import Outer, TrustRegion
+from distmeta.core.params import Layout
 from distmeta.core.policy import ACTIONS, ActionSpec, PolicyLoss, Rollouts, advantages
 from distmeta.errors import NumericalError
+from distmeta.outer import OuterLoop
 from distmeta.trust_region import natural_step
 
 DOUBLE = torch.float64
@@ -194,7 +197,7 @@ class Quadratic:
         return float(self.g @ away), self.steeper * float(away @ self.h @ away) / 2
 
     def gradient(self, at: np.ndarray) -> np.ndarray:
-        return self.g
+        return self.g[: len(at)]
 
 
 @pytest.mark.parametrize("kl", [1.0, 1e-3])
@@ -231,3 +234,29 @@ def test_curvature_that_is_no_number_is_named() -> None:
     problem.h = problem.h * np.nan
     with pytest.raises(NumericalError, match=r"curvature of the divergence is not finite; lower .*trust_region.max_kl"):
         natural_step(problem.theta, problem.g, problem, TrustRegion())
+
+
+class Failing:
+    """Passes of which the second further one fails."""
+
+    asked = 0
+
+    def gradient(self, at: np.ndarray) -> np.ndarray:
+        self.asked += 1
+        if self.asked == 2:
+            raise NumericalError("no more")
+        return np.ones_like(at)
+
+
+def test_a_step_half_done_is_undone() -> None:
+    """What is saved after a failure in a later pass is the state before the step, optimizer included."""
+    params = {"theta": torch.arange(3, dtype=DOUBLE)}
+    outer = OuterLoop(Outer(lr=0.1, passes=4), params, Layout.of(params))
+    outer.update(np.ones(3), Quadratic())
+    before, state = outer.vector(), copy.deepcopy(outer.state())
+    with pytest.raises(NumericalError, match="no more"):
+        outer.update(np.ones(3), Failing())
+    assert np.array_equal(outer.vector(), before)
+    assert outer.state()[1] == state[1]
+    assert all(torch.equal(outer.state()[0][name], tensor) for name, tensor in state[0].items())
+    assert outer.step == 1
