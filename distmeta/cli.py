@@ -240,19 +240,20 @@ def replay(
     from distmeta.replay import replay as go_back
 
     seen = go_back(run, step, task)
-    columns = list(dict.fromkeys(name for row in reversed(seen.rows) for name in row))
-    table = Table("inner step", *columns)
-    for k, row in enumerate(seen.rows):
-        table.add_row(str(k), *(f"{row[name]:.6g}" if name in row else "" for name in columns))
     print(f"task {task} of step {step}, at the parameters that it had then ({seen.rerun} outer steps done again)")
-    Console().print(table)
-    if seen.failure:
-        print(f"its meta-gradient cannot be taken: {seen.failure}")
-    else:
+    if seen.rows:
+        columns = list(dict.fromkeys(name for row in reversed(seen.rows) for name in row))
+        table = Table("inner step", *columns)
+        for k, row in enumerate(seen.rows):
+            table.add_row(str(k), *(f"{row[name]:.6g}" if name in row else "" for name in columns))
+        Console().print(table)
+    if seen.gradients:
         norms = Table("meta-gradient of", "norm")
         for name, norm in seen.gradients.items():
             norms.add_row(name, f"{norm:.6g}")
         Console().print(norms)
+    if seen.failure:
+        print(f"it fails: {seen.failure}")
 
 
 @command

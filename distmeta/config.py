@@ -30,9 +30,13 @@ class Section(BaseModel):
 class TrustRegion(Section):
     """A step of natural gradient instead of the meta-gradient's, for control (TRPO)."""
 
-    max_kl: float = Field(0.01, gt=0, description="greatest mean KL divergence of the adapted policies, old from new")
+    max_kl: float = Field(
+        0.01, gt=0, allow_inf_nan=False, description="greatest mean KL divergence of the adapted policies, old from new"
+    )
     cg_steps: int = Field(10, ge=1, description="steps of conjugate gradients")
-    damping: float = Field(1e-5, ge=0, description="multiple of the identity added to the curvature")
+    damping: float = Field(
+        1e-5, ge=0, allow_inf_nan=False, description="multiple of the identity added to the curvature"
+    )
     backtracks: int = Field(15, ge=0, description="how often the step is shortened before it is given up")
     shrink: float = Field(0.8, gt=0, lt=1, description="factor of each shortening")
 

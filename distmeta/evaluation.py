@@ -12,6 +12,7 @@ from distmeta.core.loss import uses_batch_statistics
 from distmeta.core.types import Episode, Split
 from distmeta.distributed.executor import Executor, gather
 from distmeta.distributed.work import JUDGED, Problem, shards_of
+from distmeta.errors import NumericalError
 
 log = logging.getLogger("distmeta")
 
@@ -42,6 +43,12 @@ def evaluate_tasks(
     """
     results = executor.map("evaluate", vector, shards_of(split, 0, tasks, shard_size))
     metrics = gather(results)
+    skipped = {index: why for result in results for index, why in result.skipped.items()}
+    why = next(iter(skipped.values()), "")
+    if len(skipped) == tasks:
+        raise NumericalError(f"all {tasks} {split} tasks were skipped; the first one, since {why}")
+    if skipped:
+        log.warning("%d of %d %s tasks are left out; the first one, since %s", len(skipped), tasks, split, why)
     diverged = int((~np.isfinite(metrics["loss"])).any(axis=1).sum())
     if diverged:
         log.warning(
@@ -55,7 +62,7 @@ def evaluate_tasks(
     ends = judged.get(metric) or curves[metric]
     evaluation: Evaluation = {
         "split": split,
-        "tasks": tasks,
+        "tasks": tasks - len(skipped),
         "metric": metric,
         "transductive": uses_batch_statistics(problem.loss.module),
         "before": ends[0],

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from distmeta import checkpoint as storage
+from distmeta.core.loss import Criterion
 from distmeta.core.params import join, split
+from distmeta.core.types import TaskDistribution
 from distmeta.distributed.executor import InProcess, MetaBatch, reduce_mean
 from distmeta.distributed.work import Problem, reproducible, shards_of, to_device
 from distmeta.errors import ConfigError, DistmetaError, one_line
-from distmeta.experiment import assemble
+from distmeta.experiment import MetaAlgorithm, assemble
 from distmeta.outer import OuterLoop
 from distmeta.runs import RunFolder
 
@@ -29,21 +32,35 @@ class Replay:
     gradients: dict[str, float]
     """The norm of the meta-gradient of each tensor; empty where it could not be taken."""
     failure: str | None
-    """Why the meta-gradient could not be taken."""
+    """What went wrong, if anything was raised; ``rows`` are those before it."""
 
 
-def replay(path: str | Path, step: int, task: int) -> Replay:
+def replay(
+    path: str | Path,
+    step: int,
+    task: int,
+    *,
+    model: nn.Module | None = None,
+    loss: Criterion | None = None,
+    tasks: TaskDistribution | None = None,
+    algorithm: MetaAlgorithm | None = None,
+) -> Replay:
     """Adapts to task ``task`` (its index in the meta-batch) of outer step ``step`` (from 0) once more, as it was then.
 
     The parameters of that step are those of a checkpoint, or come of the outer steps after the newest one before it,
-    which are done again in this process, with the same bits.
+    which are done again in this process, with the same bits. A network with dropout draws other masks than then.
+
+    Args:
+        path: The folder of the run, or its URL.
+        step, task: Which task.
+        model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
 
     Raises:
         ConfigError: There is no such step or task.
         DistmetaError: See `distmeta.errors`.
     """
     run = RunFolder.open(path)
-    experiment = assemble(run.config())
+    experiment = assemble(run.config(), model=model, loss=loss, tasks=tasks, algorithm=algorithm)
     config, problem = experiment.config, experiment.problem
     settings = config.train
     for key, value, bound in (("--step", step, settings.steps), ("--task", task, settings.meta_batch_size)):
@@ -71,17 +88,19 @@ def _look(problem: Problem, outer: OuterLoop, task: int, rerun: int) -> Replay:
     problem.loss.module.to(problem.device).train()
     meta = split(problem.layout.unpack(outer.vector(), problem.device))
     rows: list[dict[str, float]] = []
+    gradients: dict[str, float] = {}
+    failure: str | None = None
     with reproducible(problem.threads, 0):
-        for at in problem.algorithm.trajectory(meta, chosen, problem.loss):
-            with torch.no_grad():
-                loss, metrics = problem.loss(at.params, chosen.query(at.params))
-                moved = [(at.params[name] - tensor).square().sum() for name, tensor in meta.model.items()]
-            row = {"query loss": float(loss)} | {f"query {name}": float(value) for name, value in metrics.items()}
-            if at.loss is not None:
-                row["support loss"] = float(at.loss)
-            rows.append(row | {"change": float(torch.stack(moved).sum().sqrt())})
         try:
+            for at in problem.algorithm.trajectory(meta, chosen, problem.loss):
+                with torch.no_grad():
+                    moved = [(at.params[name] - tensor).square().sum() for name, tensor in meta.model.items()]
+                    row = {"change": float(torch.stack(moved).sum().sqrt())}
+                    rows.append(row | ({} if at.loss is None else {"support loss": float(at.loss)}))
+                    value, metrics = problem.loss(at.params, chosen.query(at.params))
+                rows[-1] |= {"query loss": float(value)} | {f"query {name}": float(m) for name, m in metrics.items()}
             result = problem.algorithm.meta_gradient(meta, chosen, problem.loss, step=outer.step)
+            gradients = {name: float(tensor.norm()) for name, tensor in join(result.gradient).items()}
         except DistmetaError as error:
-            return Replay(rerun, rows, {}, one_line(error))
-    return Replay(rerun, rows, {name: float(tensor.norm()) for name, tensor in join(result.gradient).items()}, None)
+            failure = one_line(error)
+    return Replay(rerun, rows, gradients, failure)

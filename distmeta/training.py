@@ -233,21 +233,26 @@ class Training:
             clock.lap("map")
             gradient = reduce_mean(results)
             clock.lap("reduce")
-            skipped = {index: reason for result in results for index, reason in result.skipped.items()}
-            for index, reason in skipped.items():
-                log.warning("task %d of step %d is skipped: %s", index, outer.step, reason)
-                metrics.skip(outer.step, index, reason)
+            batch = MetaBatch(self.executor, theta, shards)
             with reproducible(1, 0):
-                record = outer.update(gradient, MetaBatch(self.executor, theta, shards))
+                record = outer.update(gradient, batch)
             clock.lap("outer")
         except DistmetaError:
             if outer.sound():
                 self._save(run, metrics)  # what has been learned so far is not lost with the step that failed
             raise
+        skipped = {index: why for result in results for index, why in result.skipped.items()}
+        for index, reason in (batch.skipped | skipped).items():
+            log.warning("task %d of step %d is skipped: %s", index, outer.step - 1, reason)
+            metrics.skip(outer.step - 1, index, reason)
         means = {name: float(np.mean(values)) for name, values in gather(results).items()}
         evaluation = None
         if config.validation.every and outer.step % config.validation.every == 0:
-            evaluation = self._validate(metrics, progress)
+            try:
+                evaluation = self._validate(metrics, progress)
+            except DistmetaError:
+                self._save(run, metrics)  # what has been learned is not lost with the validation that failed
+                raise
             clock.lap("validation")
         for part in results[0].seconds:
             clock.seconds[part] = sum(result.seconds[part] for result in results)

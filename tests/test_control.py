@@ -43,10 +43,13 @@ ALGORITHMS = {
 }
 
 
-def problem_with(tasks: Any, algorithm: Any, dtype: torch.dtype = torch.float32) -> tuple[Problem, np.ndarray]:
+def problem_with(
+    tasks: Any, algorithm: Any, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+) -> tuple[Problem, np.ndarray]:
     torch.manual_seed(0)
     shape, actions, kind = tasks.spaces
     module = MLPPolicy(shape, actions, kind == "categorical", hidden=(8,)).to(dtype)
+    module.body.append(torch.nn.Dropout(dropout))
     loss = PolicyLoss(module, tasks.spec.loss)
     tasks.bind(loss)
     initial = join(algorithm.init(loss.init()))
@@ -168,18 +171,23 @@ def gradient_of_divergence(problem: Problem, algorithm: Bilevel, tasks: Any, vec
     return problem.layout.pack(dict(zip(joined, torch.autograd.grad(total, list(joined.values())), strict=True)))
 
 
-def test_data_are_sampled_once_for_all_passes(points: Navigation) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_data_are_sampled_once_for_all_passes(points: Navigation, dropout: float) -> None:
     """A pass at the parameters of the first has its bits; another worker's, which samples anew, too."""
-    problem, theta = problem_with(points, MAML(inner_lr=0.1))
+    problem, theta = problem_with(points, MAML(inner_lr=0.1), dropout=dropout)
     shards = shards_of("train", 2, 4, 2)
     executor = InProcess(problem)
     first = reduce_mean(executor.map("meta_gradient", theta, shards))
     batch = MetaBatch(executor, theta, shards)
     away = theta + np.float32(0.01)
     kept = batch.gradient(theta), batch.objective(away), batch.curvature(first)
-    fresh, _ = problem_with(Navigation(episodes=4, horizon=6), MAML(inner_lr=0.1))
+    fresh, another = (
+        problem_with(Navigation(episodes=4, horizon=6), MAML(inner_lr=0.1), dropout=dropout)[0] for _ in range(2)
+    )
+    assert np.array_equal(kept[0], MetaBatch(InProcess(another), theta, shards).gradient(theta))
     redone = MetaBatch(InProcess(fresh), theta, shards)
-    assert np.array_equal(kept[0], first)
+    if not dropout:  # masks depend on how many have been drawn before
+        assert np.array_equal(kept[0], first)
     assert kept[1] == redone.objective(away)
     assert np.array_equal(kept[2], redone.curvature(first))
     assert not np.array_equal(first, reduce_mean(executor.map("meta_gradient", theta, shards_of("train", 3, 4, 2))))
@@ -473,4 +481,4 @@ def test_reptile_and_discrete_actions(tmp_path: Path) -> None:
         "train.meta_batch_size=2", "validation.every=0", "evaluation.tasks=2", "scaling.num_workers=0",
         f"run_dir={tmp_path / 'run'}",
     )  # fmt: skip
-    assert json.loads((run.path / "summary.json").read_text())["test"]["after"]["mean"] > 1
+    assert json.loads((run.path / "summary.json").read_text())["test"]["after"]["mean"] > 5, "a pole takes time to fall"

@@ -85,6 +85,22 @@ def test_an_idle_worker_does_what_a_slow_one_has(clock: Clock) -> None:
     assert not round_.done("b", 0)
 
 
+def test_an_idle_worker_takes_what_waits_for_a_slow_one(clock: Clock) -> None:
+    """Whose data the slow one holds: they are sampled again rather than waited for."""
+    holders = {shard: "a" if i < 4 else "b" for i, shard in enumerate(SHARDS)}
+    round_ = Dispatch[str](SHARDS, holders, clock)
+    assert sent(round_, "a", "b") == [("a", 0), ("b", 4), ("a", 1), ("b", 5)]
+    for index in (4, 5):
+        clock.now += 2
+        round_.done("b", index)
+    assert sent(round_, "a", "b") == []
+    clock.now = 6.1
+    assert sent(round_, "a", "b") == [("b", 2)]
+    clock.now += 2
+    round_.done("b", 2)
+    assert sent(round_, "a", "b") == [("b", 3)]
+
+
 def test_short_shards_are_not_sent_twice(clock: Clock) -> None:
     round_ = Dispatch[str](SHARDS[:2], {}, clock)
     sent(round_, "a", "b")
@@ -122,6 +138,10 @@ def test_hung_workers_are_those_at_one_shard_for_long(clock: Clock) -> None:
     clock.now = 12.0
     assert round_.hung(10.0) == ["a"]
     assert round_.hung(2.0) == ["a", "b"]
+    round_.lost("b")
+    sent(round_, "b")
+    clock.now += 3.0
+    assert "b" not in round_.hung(2.0), "twice the time for a shard at which one has been lost"
 
 
 @pytest.mark.parametrize("timeout", [4.0, 300.0])

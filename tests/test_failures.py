@@ -6,8 +6,11 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -19,7 +22,7 @@ from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.work import shards_of
 from distmeta.errors import NumericalError, WorkerError
 from distmeta.replay import replay
-from distmeta.tasks.control import Outcome
+from distmeta.tasks.control import GymControl, Outcome
 from distmeta.tasks.navigation import Navigation, Points
 
 
@@ -165,5 +168,81 @@ def test_environments_that_fail_are_skipped_in_all_passes(tmp_path: Path, ray_cl
     lines = [[record for record in each.records() if record["kind"] == "train"] for each in runs]
     assert any("jammed" in entry["why"] for line in lines[0] for entry in line.get("skipped", []))
     assert [line.get("skipped") for line in lines[0]] == [line.get("skipped") for line in lines[1]]
-    assert all(line["kl"] <= 0.02 for line in lines[0])
+    assert all(line["gain"] > 0 and 0 < line["kl"] <= 0.02 for line in lines[0])
     assert len({(each.checkpoints / "step-00000003" / "meta.safetensors").read_bytes() for each in runs}) == 1
+
+
+class Dying(gymnasium.Env):
+    """Once it has met a goal above 0.6 it raises for ever."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    goal, dead = 0.0, False
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.array([self.goal]), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.dead |= self.goal > 0.6
+        if self.dead:
+            raise RuntimeError("dead")
+        return np.array([self.goal]), float(action[0]), False, False, {}
+
+
+@dataclass(eq=False)
+class Deaths(GymControl):
+    def draw(self, rng: np.random.Generator, split: Split) -> float:
+        return float(rng.uniform())
+
+    def make(self, name: str, **options: Any) -> Dying:
+        return Dying()
+
+    def apply(self, env: Dying, goal: float) -> None:
+        env.goal = goal
+
+
+def test_an_environment_that_has_failed_is_not_used_again(tmp_path: Path, ray_cluster: None) -> None:
+    """Which tasks are skipped is up to the tasks, not to who has met which before; validation goes on without them."""
+
+    def run(workers: int) -> RunFolder:
+        return distmeta.train(
+            "navigation-maml-trpo", "train.meta_batch_size=12", "train.shard_size=2", "train.steps=2", "model.hidden=[8]",
+            "train.on_failure=skip", "validation.every=1", "validation.tasks=10", "evaluation.tasks=10",
+            f"scaling.num_workers={workers}", f"run_dir={tmp_path / str(workers)}", tasks=Deaths(episodes=2, horizon=3),
+        )  # fmt: skip
+
+    one, two = run(0), run(2)
+    lines = [[record for record in each.records() if record["kind"] == "train"] for each in (one, two)]
+    assert [line.get("skipped") for line in lines[0]] == [line.get("skipped") for line in lines[1]]
+    assert 0 < len(lines[0][0]["skipped"]) < 12
+    judged = [record["tasks"] for record in one.records() if record["kind"] == "val"]
+    assert 0 < judged[0] < 10
+    assert one.summary()["test"] == two.summary()["test"]
+
+
+def test_a_validation_that_fails_loses_nothing(tmp_path: Path) -> None:
+    settings = ["train.meta_batch_size=2", "train.steps=5", "model.hidden=[8]", "validation.every=2"]
+    with pytest.raises(WorkerError, match="jammed"):
+        distmeta.train(
+            "navigation-maml-trpo", *settings, "validation.tasks=20", "scaling.num_workers=0", "checkpoint.every=100",
+            f"run_dir={tmp_path / 'run'}", tasks=JammedLater(episodes=2, horizon=5),
+        )  # fmt: skip
+    assert RunFolder.open(tmp_path / "run").checkpoint("last").state["outer"]["step"] == 2
+
+
+class JammedLater(Jammed):
+    """Only the tasks of validation fail."""
+
+    def draw(self, rng: np.random.Generator, split: Split) -> np.ndarray:
+        goal = super().draw(rng, split)
+        return -np.abs(goal) if split == "train" else goal
+
+
+def test_a_policy_that_diverges_is_not_the_environments_fault(tmp_path: Path) -> None:
+    with pytest.raises(
+        NumericalError, match=r"what the policy puts out is not finite in step \d.*lower algorithm.inner_lr"
+    ):
+        distmeta.train(
+            "navigation-maml-trpo", "algorithm.inner_lr=1e30", "algorithm.inner_steps=2", "train.meta_batch_size=2",
+            "train.steps=1", "scaling.num_workers=0", f"run_dir={tmp_path / 'run'}",
+        )  # fmt: skip

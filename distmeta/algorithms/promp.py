@@ -11,7 +11,7 @@ from distmeta.algorithms.maml import MAML
 from distmeta.core.inner import last
 from distmeta.core.policy import PolicyLoss, Rollouts
 from distmeta.core.types import MetaParams, Metrics, Task, TaskLoss
-from distmeta.errors import ConfigError, at_least, positive
+from distmeta.errors import ConfigError, positive
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ProMP(MAML):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("algorithm.clip", self.clip)
-        at_least("algorithm.kl_weight", self.kl_weight, 0)
+        if self.kl_weight:
+            positive("algorithm.kl_weight", self.kl_weight)
 
     def objective(self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int) -> tuple[Tensor, Metrics]:
         """−J, and the scores of the query set."""

@@ -198,8 +198,8 @@ def advantages(
         delta_t = r_t + gamma V(s_{t+1}) − V(s_t),   A_t = Σ_k (gamma lambda)^k delta_{t+k}    (Schulman et al., 2016)
 
     V is the least-squares fit, with a ridge of 1e-5, of the returns of these very episodes on the features
-    (s, s², t/100, (t/100)², (t/100)³, 1) of Duan et al. (ICML 2016). Behind the last step of an episode V is 0, also
-    where its time was up. All in float64.
+    (s, s², t/100, (t/100)², (t/100)³, 1) of Duan et al. (ICML 2016), with s held within ±10. Behind the last step of an
+    episode V is 0, also where its time was up. All in float64.
     """
     observation, reward, valid = (tensor.double() for tensor in (observation_ETO, reward_ET, valid_ET))
     returns = discounted(reward, discount)

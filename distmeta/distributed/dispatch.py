@@ -57,7 +57,13 @@ class Dispatch(Generic[W]):
                 if holder == worker or holder not in workers:
                     self.waiting.remove(index)
                     return self._sent(worker, index)
-            if not queue and not self.waiting and (late := self._late()) is not None:
+            if queue:
+                continue
+            for index in self.waiting:  # whose data only a slow one has: they are sampled once more
+                if self._is_slow(self.holders[self.shards[index]]):
+                    self.waiting.remove(index)
+                    return self._sent(worker, index)
+            if not self.waiting and (late := self._late()) is not None:
                 return self._sent(worker, late)
         return None
 
@@ -68,15 +74,18 @@ class Dispatch(Generic[W]):
         queue.append(index)
         return worker, index
 
+    def _is_slow(self, worker: W) -> bool:
+        """Whether a worker has been at one shard for much longer than others take."""
+        if not self.durations or not self.queues.get(worker):
+            return False
+        return self.clock() - self.began[worker] > max(SLOW * statistics.median(self.durations), SLOW_AT_LEAST)
+
     def _late(self) -> int | None:
         """A shard that only a slow worker has, the last of its queue."""
-        if not self.durations:
-            return None
-        patience = max(SLOW * statistics.median(self.durations), SLOW_AT_LEAST)
         copies = Counter(index for queue in self.queues.values() for index in queue)
         slowest = sorted((w for w, queue in self.queues.items() if queue), key=lambda w: self.began[w])
         for worker in slowest:
-            if self.clock() - self.began[worker] > patience:
+            if self._is_slow(worker):
                 for index in reversed(self.queues[worker]):
                     if index in self.missing and copies[index] == 1:
                         return index
@@ -107,5 +116,6 @@ class Dispatch(Generic[W]):
         return queue[0] if queue else None
 
     def hung(self, limit: float) -> list[W]:
-        """The workers that have been at one shard for more than ``limit`` seconds."""
-        return [w for w, queue in self.queues.items() if queue and self.clock() - self.began[w] > limit]
+        """The workers that have been at a shard for more than ``limit`` seconds, twice that for each one lost at it."""
+        at = {worker: queue[0] for worker, queue in self.queues.items() if queue}
+        return [w for w, index in at.items() if self.clock() - self.began[w] > limit * 2 ** self.tries[index]]

@@ -96,14 +96,21 @@ class MetaBatch:
 
     def __init__(self, executor: Executor, theta: np.ndarray, shards: Sequence[Shard]) -> None:
         self.executor, self.theta, self.shards = executor, theta, shards
+        self.skipped: dict[int, str] = {}
+        """Tasks that any of the passes has left out, with the reason."""
 
     def gradient(self, at: np.ndarray) -> np.ndarray:
         """The mean meta-gradient at other meta-parameters."""
-        return reduce_mean(self.executor.map("meta_gradient", self.theta, self.shards, second=at))
+        return self._mean("meta_gradient", at)
 
     def curvature(self, direction: np.ndarray) -> np.ndarray:
         """The product of a direction and the Hessian of the mean divergence of adapted policies at theta."""
-        return reduce_mean(self.executor.map("curvature", self.theta, self.shards, second=direction))
+        return self._mean("curvature", direction)
+
+    def _mean(self, work: Work, second: np.ndarray) -> np.ndarray:
+        results = self.executor.map(work, self.theta, self.shards, second=second)
+        self.skipped |= {index: why for result in results for index, why in result.skipped.items()}
+        return reduce_mean(results)
 
     def objective(self, at: np.ndarray) -> tuple[float, float]:
         """The mean of what the outer loop descends, and of the adapted policies' divergence from those of theta."""

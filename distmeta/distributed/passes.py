@@ -12,6 +12,7 @@ from distmeta.core.algorithm import Bilevel
 from distmeta.core.gradients import function_transforms
 from distmeta.core.params import join, split
 from distmeta.core.policy import PolicyLoss
+from distmeta.core.seeds import torch_seed
 from distmeta.core.types import Batch, Episode, MetaGradient, MetaParams, Metrics, Params, Recorded, Task
 from distmeta.errors import ConfigError, DataError, NumericalError, WorkerError, one_line
 
@@ -71,11 +72,13 @@ def train_pass(
         kept = problem.recordings.of(vector, shard)
         if kept is None:
             recorded: dict[int, Task] = {index: Recorded(task) for index, task in tasks.items()}
+            _prepare(problem, "meta_gradient", shard)
             first = meta_gradients(problem, at(vector), recorded, shard)
             kept = {index: task for index, task in recorded.items() if index not in first.skipped}, first.skipped
             problem.recordings.keep(vector, shard, *kept)
             if work == "meta_gradient" and second is None:
                 return first
+            _prepare(problem, work, shard)
         tasks, skipped = kept  # sampled earlier; or just now, since the worker that had done so has been lost
     other = at(vector if second is None else second)
     if work == "meta_gradient":
@@ -86,8 +89,16 @@ def train_pass(
     assert isinstance(loss, PolicyLoss)
     if work == "curvature":
         total: Params = {}
-        for task in tasks.values():
-            add(total, join(algorithm.curvature(at(vector), task, loss, other, step=shard.step)))
+        for index, task in tasks.items():
+            product = join(algorithm.curvature(at(vector), task, loss, other, step=shard.step))
+            bad = next((name for name, tensor in product.items() if not bool(tensor.sum().isfinite())), None)
+            if bad is None:
+                add(total, product)
+                continue
+            error = _not_finite(problem, f"curvature of {bad}", float(product[bad].sum()), shard, index)
+            if problem.on_failure == "raise":
+                raise error
+            skipped = skipped | {index: one_line(error)}
         return Pass(_flat(problem, total), {}, skipped)
     rows: list[dict[str, np.ndarray]] = []
     for task in tasks.values():
@@ -96,6 +107,12 @@ def train_pass(
         divergence = algorithm.divergence(variables, task, loss, step=shard.step)
         rows.append({"loss": value.detach().cpu().numpy(), "kl": divergence.detach().cpu().numpy()})
     return Pass(None, stack_metrics(rows), skipped)
+
+
+def _prepare(problem: Problem, work: Training, shard: Shard) -> None:
+    """Dropout and the like as they are at the beginning of ``work``, whoever has sampled the data."""
+    problem.loss.module.train(work == "meta_gradient")
+    torch.manual_seed(torch_seed(problem.seed, work, *shard))
 
 
 def meta_gradients(problem: Problem, meta: MetaParams, tasks: dict[int, Task], shard: Shard) -> Pass:

@@ -42,6 +42,8 @@ LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOf
 TRIES = 4  # workers that a shard may lose before it is taken for the cause
 POLL = 0.5  # seconds between looks at whether a worker hangs or is slow
 HANGS = 10.0  # times what the slowest shard has taken, after which a worker is taken to hang
+DEAD = "They may need more memory than a worker has; lower train.shard_size or the size of a task"
+HUNG = "If they are merely long, raise scaling.shard_timeout, or lower train.shard_size or evaluation.shard_size"
 LOOK = 5.0  # seconds between looks at whether the cluster has grown
 SAY = 15.0  # seconds between lines while waiting for workers
 
@@ -256,7 +258,7 @@ class RayPool:
             busy = {worker for worker, _ in self._late.values()}
             while (given := round_.next([w for w in self._workers if w not in busy])) is not None:
                 worker, index = given
-                again = any(index == other for _, other in running.values())
+                again = any(index in queue for other, queue in round_.queues.items() if other != worker)
                 self.duplicates += again
                 if again:
                     log.info("%s take long: an idle worker does them as well", span(shards[index]))
@@ -271,7 +273,7 @@ class RayPool:
                 raise self._none_started(1)
             limit = max(self.scaling.shard_timeout, HANGS * self._slowest)
             for worker in [*round_.hung(limit), *self._hung_since(limit)]:
-                self._lose(worker, round_, f"at one shard for more than {limit:.0f} s")
+                self._lose(worker, round_, f"at one shard for more than {limit:.0f} s", HUNG)
             for ref in done:
                 if ref in self._starting:
                     self._admit([ref])
@@ -279,8 +281,8 @@ class RayPool:
                     self._let_go(ref, round_)
                 elif ref in running:  # and not of a worker that has just been given up
                     self._take(ref, *running.pop(ref), round_, results)
-                    worker = next((w for w in ahead if not round_.waiting and not round_.queues.get(w)), None)
-                    if worker is not None and worker in self._workers:
+                    idle = (w for w in ahead if w in self._workers and not round_.waiting and not round_.queues.get(w))
+                    if (worker := next(idle, None)) is not None:
                         worker.prepare.remote(ahead.pop(worker))
         # A worker that is still at a shard which another has done is free again when it has done it, too.
         self._late |= {ref: (w, round_.began[w]) for ref, (w, _) in running.items() if w in self._workers}
@@ -314,6 +316,8 @@ class RayPool:
     def _let_go(self, ref: ray.ObjectRef, round_: Dispatch[Any]) -> None:
         """Frees a worker that has ended a shard of an earlier round, which another had done before."""
         worker, _ = self._late.pop(ref)
+        now = time.monotonic()  # when it has come to what is behind it
+        self._late = {other: (w, now if w == worker else began) for other, (w, began) in self._late.items()}
         try:
             ray.get(ref)
         except LOST as error:
@@ -324,7 +328,7 @@ class RayPool:
     def _hung_since(self, limit: float) -> list[Any]:
         return [worker for worker, began in self._late.values() if time.monotonic() - began > limit]
 
-    def _lose(self, worker: Any, round_: Dispatch[Any], why: str) -> None:
+    def _lose(self, worker: Any, round_: Dispatch[Any], why: str, remedy: str = DEAD) -> None:
         """Lets go of a worker that is lost or hangs, and starts another, without waiting for it."""
         if worker not in self._workers:
             return
@@ -338,10 +342,7 @@ class RayPool:
         ray.kill(worker)
         self._add_worker()
         if at is not None and round_.tries[at] >= TRIES:
-            raise WorkerError(
-                f"{where} have lost {TRIES} workers in a row: {why}. They may need more memory than a worker has; "
-                "lower train.shard_size or the size of a task"
-            )
+            raise WorkerError(f"{where} have lost {TRIES} workers in a row: {why}. {remedy}")
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""

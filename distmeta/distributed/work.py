@@ -33,7 +33,7 @@ from distmeta.core.types import (
     Task,
     TaskDistribution,
 )
-from distmeta.distributed.passes import Pass, Recordings, stack_metrics, train_pass
+from distmeta.distributed.passes import FAILURES, Pass, Recordings, stack_metrics, train_pass
 from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
 Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
@@ -179,7 +179,8 @@ class Problem:
             tasks = [to_device(task, self.device) for task in tasks]
             done = Pass()
             if work == "evaluate":
-                metrics = stack_metrics([self._evaluate(meta, task, shard.split == "test") for task in tasks])
+                done = self._evaluations(meta, tasks, shard)
+                metrics = done.metrics
             elif work == "nearest_neighbour":
                 metrics = stack_metrics([self._nearest_neighbour(meta, task) for task in tasks])
             else:
@@ -201,6 +202,18 @@ class Problem:
     def name(self, shard: Shard, index: int) -> str:
         """A task, for messages."""
         return f"task {index} of step {shard.step} (split {shard.split}, seed {self.seed})"
+
+    def _evaluations(self, meta: MetaParams, tasks: list[Task], shard: Shard) -> Pass:
+        rows: list[dict[str, np.ndarray]] = []
+        skipped: dict[int, str] = {}
+        for index, task in enumerate(tasks, shard.first):
+            try:
+                rows.append(self._evaluate(meta, task, shard.split == "test"))
+            except FAILURES as error:
+                if self.on_failure == "raise":
+                    raise
+                skipped[index] = one_line(error)
+        return Pass(None, stack_metrics(rows), skipped)
 
     def _evaluate(self, meta: MetaParams, task: Task, inductive: bool) -> dict[str, np.ndarray]:
         """Query metrics before adaptation and after each inner step, arrays (inner steps + 1,); the judge's, which may

@@ -42,6 +42,8 @@ class MLPPolicy(nn.Module):
         positive("model.initial_std", initial_std)
         positive("model.min_std", min_std)
         at_least("model.initial_std", initial_std, min_std)
+        for units in hidden:
+            at_least("model.hidden", units, 1)
         sizes = [prod(input_shape), *hidden]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from distmeta.core.policy import ActionSpec, Estimator, Kind, PolicyLoss, Rollouts, advantages
 from distmeta.core.seeds import stream
 from distmeta.core.types import Params, Split, TaskSpec
-from distmeta.errors import ConfigError, DataError, DistmetaError, WorkerError, at_least, one_line
+from distmeta.errors import (
+    ConfigError,
+    DataError,
+    DistmetaError,
+    NumericalError,
+    WorkerError,
+    at_least,
+    one_line,
+)
 
 Floats = NDArray[np.floating[Any]]
 
@@ -102,6 +110,14 @@ class Control(ABC):
     def simulator(self, goal: Any, episodes: int) -> Simulator:
         """``episodes`` copies of the environment for ``goal``; called for every sampling, so it should keep them."""
 
+    def forget(self, goal: Any) -> None:
+        """Drops the environments of ``goal``, one of which has failed and may be in any state; here there are none."""
+        return
+
+    def prepare(self) -> None:
+        """Nothing is to be prepared."""
+        return
+
     def size(self, split: Split) -> tuple[int, int]:
         """Episodes of each set of a task of ``split``, and the most time steps of each: E and T."""
         if split == "train":
@@ -153,14 +169,22 @@ class ControlTask:
         """Episodes sampled with the adapted policy."""
         return self.rollouts(params, "query", 0)
 
-    @torch.no_grad()
     def rollouts(self, params: Params, name: str, number: int) -> Rollouts:
         """Samples the episodes of the stream ``name``, ``number``.
 
         Raises:
             WorkerError: The environment raised.
             DataError: An observation or a reward is not finite.
+            NumericalError: What the policy puts out is not finite.
         """
+        try:
+            return self._rollouts(params, name, number)
+        except BaseException:
+            self.tasks.forget(self.goal)
+            raise
+
+    @torch.no_grad()
+    def _rollouts(self, params: Params, name: str, number: int) -> Rollouts:
         tasks, kind = self.tasks, self.policy.actions
         params = {key: tensor.detach() for key, tensor in params.items()}
         first = next(iter(params.values()))
@@ -176,6 +200,11 @@ class ControlTask:
             start = time.perf_counter()
             seen = torch.from_numpy(observation).to(device, dtype)
             output = self.policy.predict(params, seen)
+            if not bool(output.sum().isfinite()):
+                raise NumericalError(
+                    f"what the policy puts out is not finite in step {t}, at the goal {_short(self.goal)} (streams of "
+                    f"{self.key}): its adaptation diverges; lower algorithm.inner_lr"
+                )
             action = kind.act(output, noise[t])
             self.seconds["policy"] += time.perf_counter() - start
             outcome = self._stepped(lambda a=action: simulator.step(a.cpu().numpy()))
@@ -274,6 +303,7 @@ class GymCopies:
         self.tasks, self.copies = tasks, copies
         space = copies[0].action_space
         self._low, self._high = getattr(space, "low", None), getattr(space, "high", None)
+        self._start = int(getattr(space, "start", 0))
 
     def reset(self, goal: Any, seeds: Sequence[int]) -> Floats:
         """See `Simulator.reset`."""
@@ -289,7 +319,10 @@ class GymCopies:
     def step(self, action_EA: NDArray[Any]) -> Outcome:
         """See `Simulator.step`."""
         observation, reward, success = self._last.copy(), np.zeros(len(self.copies)), np.zeros(len(self.copies))
-        taken = action_EA[:, 0].tolist() if self._low is None else np.clip(action_EA, self._low, self._high)
+        if self._low is None:
+            taken = (action_EA[:, 0] + self._start).tolist()
+        else:
+            taken = np.clip(action_EA, self._low, self._high)
         for e, env in enumerate(self.copies):
             if self._over[e]:
                 continue
@@ -308,6 +341,10 @@ class GymControl(Control):
         super().__post_init__()
         self._made: dict[str, list[Any]] = {}
         self._spaces: Spaces | None = None
+
+    def forget(self, goal: Any) -> None:
+        """See `Control.forget`."""
+        self._made.pop(self.name(goal), None)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_made": {}}  # environments are made anew where they are used
@@ -375,13 +412,15 @@ class GymControl(Control):
             ConfigError: Observations are no vectors, or actions neither vectors nor one of several.
         """
         if self._spaces is None:
+            from gymnasium import spaces  # there, where an environment of it is
+
             env = self.make(self.first_name())
             seen, acts = env.observation_space, env.action_space
-            if len(getattr(seen, "shape", None) or ()) != 1:
+            if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
                 raise ConfigError(f"tasks: observations must be vectors; the environment gives {seen}")
-            if hasattr(acts, "n"):
+            if isinstance(acts, spaces.Discrete):
                 self._spaces = Spaces(tuple(seen.shape), int(acts.n), "categorical")
-            elif len(getattr(acts, "shape", None) or ()) == 1:
+            elif isinstance(acts, spaces.Box) and len(acts.shape) == 1:
                 self._spaces = Spaces(tuple(seen.shape), int(acts.shape[0]), "gaussian")
             else:
                 raise ConfigError(f"tasks: actions must be vectors or one of several; the environment takes {acts}")

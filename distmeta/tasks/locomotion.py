@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from distmeta.core.types import Split
-from distmeta.errors import ConfigError, one_line
+from distmeta.errors import ConfigError, one_line, positive
 from distmeta.tasks.control import Floats, GymControl, before_mujoco
 
 
@@ -90,6 +90,10 @@ class Ant(Gym):
     horizon: Annotated[int, "time steps of an episode"] = 200
     task: Annotated[Literal["direction", "goal"], "what is to be learned anew"] = "direction"
     radius: Annotated[float, "how far a goal may be from where the robot starts"] = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("tasks.radius", self.radius)
 
     def draw(self, rng: np.random.Generator, split: Split) -> Any:
         """1, forward, or -1; or a point (x, y)."""
