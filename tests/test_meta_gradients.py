@@ -151,15 +151,16 @@ def test_reptile_goes_on_with_the_second_moment() -> None:
 
 def test_reptile_moves_theta_to_the_mean_of_the_adapted_weights() -> None:
     from distmeta.config import Outer
-    from distmeta.distributed.executor import InProcess, reduce_mean
+    from distmeta.distributed.executor import InProcess, MetaBatch, reduce_mean
     from distmeta.distributed.work import shards_of
     from distmeta.outer import OuterLoop
 
     model, shape = small_models(DOUBLE)["mlp"]
     problem, theta = problem_of(Reptile(inner_optimizer="sgd", inner_lr=0.1), model, Blobs(shape, dtype=DOUBLE))
-    results = InProcess(problem).map("meta_gradient", theta, shards_of("train", 0, 5, 2))
+    shards = shards_of("train", 0, 5, 2)
+    results = InProcess(problem).map("meta_gradient", theta, shards)
     outer = OuterLoop(Outer(use="SGD", lr=0.25), problem.layout.unpack(theta), problem.layout)
-    outer.update(reduce_mean(results))
+    outer.update(reduce_mean(results), MetaBatch(InProcess(problem), theta, shards))
 
     adapted = []
     for shard in shards_of("train", 0, 5, 1):
