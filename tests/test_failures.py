@@ -22,7 +22,8 @@ from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.work import shards_of
 from distmeta.errors import NumericalError, WorkerError
 from distmeta.replay import replay
-from distmeta.tasks.control import GymControl, Outcome
+from distmeta.tasks.control import Outcome
+from distmeta.tasks.gym_control import GymControl
 from distmeta.tasks.navigation import Navigation, Points
 
 

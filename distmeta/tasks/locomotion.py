@@ -10,7 +10,8 @@ import numpy as np
 
 from distmeta.core.types import Split
 from distmeta.errors import ConfigError, one_line, positive
-from distmeta.tasks.control import Floats, GymControl, before_mujoco
+from distmeta.tasks.control import Floats
+from distmeta.tasks.gym_control import GymControl, before_mujoco
 
 
 @dataclass(eq=False)

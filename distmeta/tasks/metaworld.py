@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from distmeta.core.types import Split
 from distmeta.errors import ConfigError, at_least, nearest
-from distmeta.tasks.control import Floats, GymControl, before_mujoco
+from distmeta.tasks.control import Floats
+from distmeta.tasks.gym_control import GymControl, before_mujoco
 
 LARGE = ("ML10", "ML25", "ML45")
 LONGEST = 500  # time steps of an episode
