@@ -6,6 +6,7 @@ are drawn from named streams, gradients are summed in task order, and the number
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -80,6 +81,7 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
     The state of the global generator, which dropout uses, is set from ``seed`` and restored at the end.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
+    keep_freed_memory()
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     mode = torch.get_deterministic_debug_mode()
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
@@ -103,6 +105,21 @@ def _set_deterministic(mode: int) -> None:
         torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
     else:  # without loading the compiler, which costs each new process a second
         torch.set_deterministic_debug_mode(mode)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Has this process reuse the memory of tensors that were freed, where its C library is glibc.
+
+    Blocks of more than some MB are otherwise given back to the system each time and faulted in again, page by page,
+    which for the 15 MB activations of a convolutional network costs as much time as computing them.
+    """
+    glibc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(glibc, "gnu_get_libc_version"):
+        threshold, trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        if not glibc.mallopt(threshold, 2**30):
+            glibc.mallopt(threshold, 2**25)  # the greatest that older versions take
+        glibc.mallopt(trim, 2**31 - 1)
 
 
 @contextmanager
