@@ -23,8 +23,14 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Shape = tuple[int, int, int, int]
 
-# A product may be fused with a sum; the order of sums is kept.
-_compiled: Any = njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
+
+def _compiled(function: Any) -> Any:
+    # A product may be fused with a sum; the order of sums is kept.
+    options: Any = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}
+    try:
+        return njit(**options, cache=True)(function)
+    except RuntimeError:  # no folder can be written to, neither this one nor the user's cache
+        return njit(**options)(function)
 
 
 @_compiled
