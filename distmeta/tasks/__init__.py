@@ -8,6 +8,7 @@ from typing import Any
 
 from distmeta.tasks.cifar import CifarFS
 from distmeta.tasks.cldr import CLDRNames
+from distmeta.tasks.folders import ImageFolder
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.locomotion import Ant, Gym, HalfCheetahDirection, HalfCheetahVelocity
 from distmeta.tasks.metaworld import MetaWorld
@@ -26,6 +27,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "gym": Gym,
     "half_cheetah_dir": HalfCheetahDirection,
     "half_cheetah_vel": HalfCheetahVelocity,
+    "image_folder": ImageFolder,
     "metaworld": MetaWorld,
     "navigation": Navigation,
     "omniglot": Omniglot,

@@ -53,6 +53,7 @@ class CifarFS(FewShotImages):
     )
 
     name: ClassVar[str] = "cifar_fs"
+    licence: ClassVar[str] = "none stated by its authors; free use in research is customary"
     image_shape: ClassVar[tuple[int, int, int]] = (3, _SIDE, _SIDE)
 
     @property

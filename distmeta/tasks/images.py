@@ -27,12 +27,17 @@ class FewShotImages(FewShotClasses):
 
     examples: ClassVar[str] = "images"
     image_shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
-    """Channels, height and width of one image."""
+    """The ``shape`` of a data set that has only one."""
 
     @property
     def spec(self) -> TaskSpec:
-        """What a model is built for: images of ``image_shape``, one output a class, cross-entropy."""
-        return TaskSpec(self.image_shape, self.ways, "cross_entropy")
+        """What a model is built for: images of ``shape``, one output a class, cross-entropy."""
+        return TaskSpec(self.shape, self.ways, "cross_entropy")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return self.image_shape
 
     @property
     def variants(self) -> int:
@@ -63,5 +68,5 @@ class FewShotImages(FewShotClasses):
         Raises:
             DataError: the file is missing or is not an image.
         """
-        read = character_pixels if self.image_shape[0] == 1 else photo_pixels
-        return to_floats(read(path, self.image_shape[1])[None])[0]
+        read = character_pixels if self.shape[0] == 1 else photo_pixels
+        return to_floats(read(path, self.shape[1])[None])[0]
