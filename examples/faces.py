@@ -3,8 +3,8 @@
 python examples/faces.py [FOLDER [KNOWN UNKNOWN]]
 
 FOLDER has one folder of photographs for each person to learn from (any size, 6 photographs or more); KNOWN one for each
-of up to five new people; UNKNOWN the photographs to find them in. Without folders, faces are drawn: the same from run to
-run, and no more than a stand-in for photographs.
+of up to five new people; UNKNOWN the photographs to find them in. Without folders, faces are drawn: the same from run
+to run, and no more than a stand-in for photographs.
 """
 
 import sys
@@ -17,8 +17,10 @@ from PIL import Image, ImageDraw
 import distmeta
 from distmeta.adaptation import adapt_files
 
-SETTINGS = ["tasks.size=32", "model.filters=16", "train.steps=40", "train.meta_batch_size=4", "validation.every=20",
-            "validation.tasks=20", "evaluation.tasks=50", "scaling.num_workers=0"]  # fmt: skip
+SETTINGS = [
+    "tasks.size=32", "model.filters=16", "train.steps=40", "train.meta_batch_size=4", "validation.every=20",
+    "validation.tasks=20", "evaluation.tasks=50", "evaluation.baselines=false", "scaling.num_workers=0",
+]  # fmt: skip
 
 
 def draw(person: int, photograph: int) -> Image.Image:

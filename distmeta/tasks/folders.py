@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -267,8 +267,19 @@ def divided_files(folder: Path, by_split: Mapping[Split, Path]) -> Files:
     return found
 
 
-def listed_files(folder: Path, source: Path) -> Files:
-    """The files of each class that a split file names (see `records`), below ``folder``.
+def _below(folder: Path, label: str, file: str) -> Path | None:
+    """A file by the path or name that a list gives it."""
+    tried = (folder / file, folder / label / file, folder / "images" / file)
+    return next((path for path in tried if path.is_file()), None)
+
+
+def listed_files(folder: Path, source: Path, find: Callable[[Path, str, str], Path | None] = _below) -> Files:
+    """The files of each class that a split file names (see `records`).
+
+    Args:
+        folder: where the class folders are.
+        source: the split file.
+        find: from the folder, a class and what the split file calls an image of it, to its path; None: there is none.
 
     Raises:
         DataError: The file cannot be read, names something that is not there, or has a class in two splits.
@@ -294,8 +305,7 @@ def listed_files(folder: Path, source: Path) -> Files:
                 raise DataError(f"{place} names the class {label!r}, and {folder} has no folder of that name")
             members |= dict.fromkeys(images_below(folder / label))
             continue
-        tried = (folder / file, folder / label / file, folder / "images" / file)
-        at = next((path for path in tried if path.is_file()), None)
+        at = find(folder, label, file)
         if at is None:
             missing.append(file)
         else:

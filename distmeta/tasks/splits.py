@@ -43,7 +43,7 @@ def by_fractions(
     """The units shuffled by the stream ``(name, seed)`` and divided in these shares."""
     shuffled = stream(name, seed).permutation(len(units))
     ends = [0, *np.rint(np.cumsum(fractions) * len(units)).astype(int).tolist()]
-    parts = [shuffled[first:last].tolist() for first, last in pairwise(ends)]
+    parts: list[list[int]] = [shuffled[first:last].tolist() for first, last in pairwise(ends)]
     return {split: {units[i] for i in part} for split, part in zip(SPLITS, parts, strict=True)}
 
 
