@@ -137,11 +137,11 @@ def adapt(
         Path | None,
         typer.Option(
             help="What to adapt to: a folder with one folder of images for each class; a CSV or JSONL file of texts "
-            "and labels; a TSV file of pairs of sentences."
+            "and labels, or of numbers; a TSV file of pairs of sentences."
         ),
     ] = None,
     query: Annotated[
-        Path | None, typer.Option(help="What to predict: a folder of images; a file of texts or sentences.")
+        Path | None, typer.Option(help="What to predict: a folder of images; a file of texts, sentences or numbers.")
     ] = None,
     task: Annotated[int | None, typer.Option(min=0, help="Control: the number of an unseen task to adapt to.")] = None,
     film: Annotated[bool, typer.Option(help="Control: film an episode before and after.")] = False,

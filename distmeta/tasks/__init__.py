@@ -16,6 +16,7 @@ from distmeta.tasks.navigation import Navigation
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.photographs import CUB, MiniImageNet, TieredImageNet
 from distmeta.tasks.sinusoid import Sinusoid
+from distmeta.tasks.tabular import Tabular
 from distmeta.tasks.text import Clinc150, OwnText
 from distmeta.tasks.translation import ParallelText
 
@@ -37,6 +38,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "omniglot": Omniglot,
     "parallel": ParallelText,
     "sinusoid": Sinusoid,
+    "tabular": Tabular,
     "text": OwnText,
     "tiered_imagenet": TieredImageNet,
 }
