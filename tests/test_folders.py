@@ -272,6 +272,19 @@ def test_split_files(write: Callable[[Path], Path], things: Path, tmp_path: Path
     assert len(tasks.dataset.examples) == 24
 
 
+def test_a_split_file_may_give_the_classes_of_files_beside_each_other(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    lines = []
+    for number, split in enumerate(["train", "train", "val", "val", "test", "test"]):
+        for k in range(3):
+            picture(100 * number + k).save(tmp_path / "flat" / f"{number}-{k}.jpg")
+            lines.append(f"{number}-{k}.jpg,{number},{split}")
+    (tmp_path / "flat" / "split.csv").write_text("image,label,split\n" + "\n".join(lines))
+    tasks = own(tmp_path / "flat", split_file=str(tmp_path / "flat" / "split.csv"))
+    tasks.prepare()
+    assert tasks.dataset.names == ("test/4", "test/5", "train/0", "train/1", "val/2", "val/3")
+
+
 def test_a_split_file_may_name_some_of_the_images(things: Path, tmp_path: Path) -> None:
     path = as_file_table(tmp_path)
     path.write_text(path.read_text("utf-8").replace('"3.png",klaß 0,base\n', ""), "utf-8")

@@ -284,7 +284,8 @@ def listed_files(folder: Path, source: Path, find: Callable[[Path, str, str], Pa
     Raises:
         DataError: The file cannot be read, names something that is not there, or has a class in two splits.
     """
-    subfolders(folder)  # it is there
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
     if not source.exists():
         raise DataError(f"tasks.split_file: there is no file or folder {source}")
     owner: dict[str, Split] = {}
