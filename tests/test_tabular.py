@@ -36,8 +36,8 @@ def write(path: Path, tasks: int = 12, rows: int = 30, order: int = 0) -> Path:
     return path
 
 
-def own(path: Path, **options: Any) -> Tabular:
-    given = {"path": str(path), "task": "who", "features": ("x1", "x2"), "targets": ("y",), "shots": 8, "queries": 6}
+def own(source: Path, **options: Any) -> Tabular:
+    given = {"path": str(source), "task": "who", "features": ("x1", "x2"), "targets": ("y",), "shots": 8, "queries": 6}
     return Tabular(**{**given, **options})
 
 
@@ -138,7 +138,14 @@ def test_command_line_from_training_to_predictions(table: Path, tmp_path: Path, 
     card = run("data", "tabular", *options)
     assert "tabular is complete: 360 rows of 12 tasks" in card and "train 7 tasks of 30, 210 in all" in card
     settings = [*(f"tasks.{option}" for option in options), f"run_dir={tmp_path / 'run'}", "scaling.num_workers=0"]
-    settings += ["train.steps=150", "validation.every=0", "evaluation.tasks=20", "evaluation.shard_size=20"]
+    settings += [
+        "train.steps=100",
+        "train.meta_batch_size=8",
+        "train.shard_size=8",
+        "validation.every=0",
+        "evaluation.tasks=20",
+        "evaluation.shard_size=20",
+    ]
     run("train", "tabular-maml", *settings)
     x = np.random.default_rng(5).uniform(-1, 1, (30, 2))
     y = 2 * x[:, 0] + 77  # in units of its own
