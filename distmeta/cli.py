@@ -137,11 +137,11 @@ def adapt(
         Path | None,
         typer.Option(
             help="What to adapt to: a folder with one folder of images for each class; a CSV or JSONL file of texts "
-            "and labels; a TSV file of pairs of sentences."
+            "and labels, or of numbers; a TSV file of pairs of sentences."
         ),
     ] = None,
     query: Annotated[
-        Path | None, typer.Option(help="What to predict: a folder of images; a file of texts or sentences.")
+        Path | None, typer.Option(help="What to predict: a folder of images; a file of texts, sentences or numbers.")
     ] = None,
     task: Annotated[int | None, typer.Option(min=0, help="Control: the number of an unseen task to adapt to.")] = None,
     film: Annotated[bool, typer.Option(help="Control: film an episode before and after.")] = False,
@@ -271,9 +271,12 @@ def report(
 @command
 def data(
     name: Annotated[str | None, typer.Argument(help="A data set; none: lists them.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Options of it as key=value, such as path=my/images.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of data sets; none: $DISTMETA_DATA or the cache.")] = None,
 ) -> None:
-    """Downloads a data set, or checks the one that is there."""
+    """Downloads a data set, or checks the one that is there; says what is in it."""
     from distmeta.components import build, find
     from distmeta.tasks import TASKS
     from distmeta.tasks.datasets import DataTasks
@@ -282,10 +285,16 @@ def data(
         for known, kind in TASKS.items():
             print(f"{known:12} {(kind.__doc__ or '').strip().splitlines()[0]}")
         return
-    tasks = build("tasks", find("data", name, TASKS), {}, data_root=None if root is None else str(root))
+    kind = find("data", name, TASKS)
+    options = load(None, [f"tasks.use={name}", *(f"tasks.{override}" for override in overrides or [])]).tasks.options
+    tasks = build("tasks", kind, options, **({} if root is None else {"data_root": str(root)}))
     tasks.prepare()
-    about = f": {tasks.describe()}" if isinstance(tasks, DataTasks) else "; it needs no data"
-    print(f"{name} is complete{about}")
+    if not isinstance(tasks, DataTasks):
+        print(f"{name} is complete; it needs no data")
+        return
+    print(f"{name} is complete: {tasks.describe()}")
+    for about in tasks.card():
+        print(f"  {about}")
 
 
 @command

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distmeta.models.conv import Conv4
 from distmeta.models.policy import MLPPolicy
 from distmeta.models.pretrained import PretrainedEncoder
+from distmeta.models.resnet import ResNet12
 from distmeta.models.text import TextCNN, TextTransformer
 from distmeta.models.translation import Seq2Seq
 
@@ -45,6 +46,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "hf:": PretrainedEncoder,
     "mlp": MLP,
     "policy": MLPPolicy,
+    "resnet12": ResNet12,
     "seq2seq": Seq2Seq,
     "text-cnn": TextCNN,
     "text-transformer": TextTransformer,

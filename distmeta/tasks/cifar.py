@@ -1,7 +1,8 @@
-"""CIFAR-FS: few-shot classification of small colour photographs.
+"""CIFAR-FS and FC100: few-shot classification of small colour photographs.
 
 The 100 classes of CIFAR-100 (Krizhevsky, "Learning multiple layers of features from tiny images", 2009), 600 images of
-32 x 32 each, in the split of Bertinetto et al., "Meta-learning with differentiable closed-form solvers", ICLR 2019.
+32 x 32 each, in the split of Bertinetto et al., "Meta-learning with differentiable closed-form solvers", ICLR 2019, or
+that of Oreshkin et al., "TADAM", NeurIPS 2018.
 """
 
 from __future__ import annotations
@@ -30,13 +31,23 @@ _FILES = {file: _RECORD * images for file, images in _IMAGES.items()} | {_NAMES:
 _ARCHIVE_MD5 = "03b5dce01913d631647c71ecec9e9cb8"  # as Krizhevsky's page gives it
 _BROKEN_TAR = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 
-_VAL = (
+_FS_VAL = (
     "beaver", "otter", "flatfish", "shark", "lamp", "television", "beetle", "butterfly", "sea", "camel", "cattle",
     "crab", "crocodile", "maple_tree", "motorcycle", "tractor",
 )  # fmt: skip
-_TEST = (
+_FS_TEST = (
     "whale", "poppy", "rose", "sweet_pepper", "telephone", "bed", "table", "wardrobe", "leopard", "plain",
     "chimpanzee", "fox", "snail", "worm", "baby", "man", "woman", "bicycle", "pickup_truck", "rocket",
+)  # fmt: skip
+# Super-classes 8, 11, 13, 16: large carnivores, large omnivores and herbivores, invertebrates, small mammals.
+_FC_VAL = (
+    "bear", "leopard", "lion", "tiger", "wolf", "camel", "cattle", "chimpanzee", "elephant", "kangaroo",
+    "crab", "lobster", "snail", "spider", "worm", "hamster", "mouse", "rabbit", "shrew", "squirrel",
+)  # fmt: skip
+# 0, 7, 12 and 14: aquatic mammals, insects, medium-sized mammals, people.
+_FC_TEST = (
+    "beaver", "dolphin", "otter", "seal", "whale", "bee", "beetle", "butterfly", "caterpillar", "cockroach",
+    "fox", "porcupine", "possum", "raccoon", "skunk", "baby", "boy", "girl", "man", "woman",
 )  # fmt: skip
 
 
@@ -53,7 +64,9 @@ class CifarFS(FewShotImages):
     )
 
     name: ClassVar[str] = "cifar_fs"
+    licence: ClassVar[str] = "none stated by its authors; free use in research is customary"
     image_shape: ClassVar[tuple[int, int, int]] = (3, _SIDE, _SIDE)
+    held_out: ClassVar[dict[str, tuple[str, ...]]] = {"val": _FS_VAL, "test": _FS_TEST}
 
     @property
     def folder(self) -> Path:
@@ -94,9 +107,19 @@ class CifarFS(FewShotImages):
 
     def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         """The classes of ``split``, in the order of the data set."""
-        own = {"val": _VAL, "test": _TEST}.get(split)
-        chosen = (name in own if own else name not in _VAL + _TEST for name in names)
-        return np.flatnonzero(list(chosen)).astype(np.int64)
+        owner = {name: part for part, members in self.held_out.items() for name in members}
+        return np.flatnonzero([owner.get(name, "train") == split for name in names]).astype(np.int64)
+
+
+@dataclass(eq=False)
+class FC100(CifarFS):
+    """Colour photographs of CIFAR-100, 32 x 32, divided by super-classes: 60, 20 and 20 classes of 12, 4 and 4.
+
+    Test classes are so less like those trained on than in CIFAR-FS. Read as `CifarFS` is.
+    """
+
+    name: ClassVar[str] = "fc100"
+    held_out: ClassVar[dict[str, tuple[str, ...]]] = {"val": _FC_VAL, "test": _FC_TEST}
 
 
 def _from_folder(folder: Path) -> dict[str, bytes]:

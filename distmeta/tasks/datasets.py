@@ -1,7 +1,8 @@
 """Tasks over one array of all examples of a data set, and few-shot classification over it.
 
 A data set is decoded once into a single array in the cache (pixels of images, numbers of tokens), which every worker of
-a node maps into its memory: the pages are shared, and an episode is a few thousand bytes copied out of it.
+a node maps into its memory: the pages are shared, and an episode is a few thousand bytes copied out of it. The array
+may be larger than the memory: it can be written piece by piece (`Block`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +27,35 @@ from distmeta.core.types import Episode, Split
 from distmeta.errors import ConfigError, DataError, StorageError
 from distmeta.tasks.files import atomic_write, cache_dir, default_data_root
 from distmeta.tasks.own import OwnClasses
+from distmeta.tasks.splits import SPLITS
 
 log = logging.getLogger(__name__)
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-_FORMAT = 1  # of the cached files; a new number makes every cache be built anew
+_FORMAT = 2  # of the cached files; a new number makes every cache be built anew
+_WHOLE = 1 << 30  # bytes; of larger arrays the checksum takes evenly spaced pieces, this much together
+_PIECE = 1 << 20
+_LARGE_CLASS = 1 << 12  # examples; from larger classes a few are drawn without ordering all
+
+
+class Twin(NamedTuple):
+    """Two examples that are equal."""
+
+    first: int
+    """The row of the first of all that are equal to this one."""
+    later: int
+    first_place: str
+    """What messages call the first: its file, or its class."""
+    later_place: str
+
+
+class Block(NamedTuple):
+    """Some examples of one group; the blocks of a group come one after the other."""
+
+    group: str
+    examples: NDArray[Any]
+    """[n, …]; n may be 0, for a group without examples."""
+    places: Sequence[str]
+    """What messages call each of them."""
 
 
 class ExampleSet(NamedTuple):
@@ -41,6 +67,8 @@ class ExampleSet(NamedTuple):
     """A name for each group."""
     counts: NDArray[np.int64]
     """The number of examples of each group; the first group's come first."""
+    twins: tuple[Twin, ...] = ()
+    """Examples that are equal, found when the data set is cached."""
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -48,7 +76,7 @@ class ExampleSet(NamedTuple):
         return np.cumsum(self.counts) - self.counts
 
     @staticmethod
-    def cached(name: str, key: str, build: Callable[[], ExampleSet]) -> ExampleSet:
+    def cached(name: str, key: str, build: Callable[[], ExampleSet | Iterator[Block]]) -> ExampleSet:
         """The data set ``name``, from the cache or from ``build``, whose result is cached.
 
         Args:
@@ -81,8 +109,15 @@ def _paths(stem: Path) -> tuple[Path, Path]:
 
 
 def _checksum(path: Path) -> str:
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size <= _WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, pieces = hashlib.sha256(str(size).encode()), _WHOLE // _PIECE
+        for piece in range(pieces):
+            file.seek((size - _PIECE) * piece // (pieces - 1))
+            digest.update(file.read(_PIECE))
+        return digest.hexdigest()
 
 
 def _open(stem: Path) -> ExampleSet | None:
@@ -96,7 +131,8 @@ def _open(stem: Path) -> ExampleSet | None:
             raise ValueError("the checksum differs")
         # a plain view: np.memmap costs microseconds at each indexing
         examples = np.asarray(np.load(array, mmap_mode="r", allow_pickle=False))
-        found = ExampleSet(examples, tuple(entry["names"]), np.asarray(entry["counts"], np.int64))
+        twins = tuple(Twin(*twin) for twin in entry["twins"])
+        found = ExampleSet(examples, tuple(entry["names"]), np.asarray(entry["counts"], np.int64), twins)
         if found.counts.sum() != len(examples) or len(found.names) != len(found.counts):
             raise ValueError("the index does not fit the array")
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
@@ -105,13 +141,70 @@ def _open(stem: Path) -> ExampleSet | None:
     return found
 
 
-def _save(stem: Path, dataset: ExampleSet) -> None:
+def _save(stem: Path, built: ExampleSet | Iterator[Block]) -> None:
     array, index = _paths(stem)
+    names: list[str] = []
+    counts: list[int] = []
+    places: list[str] = []
+    marks: list[bytes] = []  # a hash of each example
+    last: Block | None = None
     with atomic_write(array) as file:
-        np.save(file, dataset.examples, allow_pickle=False)
-    entry = {"sha256": _checksum(array), "names": dataset.names, "counts": dataset.counts.tolist()}
+        for block in _blocks(built) if isinstance(built, ExampleSet) else built:
+            if not names:
+                _write_header(file, block.examples, 0)
+            if not names or names[-1] != block.group:
+                names.append(block.group)
+                counts.append(0)
+            counts[-1] += len(block.examples)
+            places += block.places
+            rows = np.ascontiguousarray(block.examples)
+            marks += [hashlib.blake2b(row, digest_size=8).digest() for row in rows]
+            file.write(rows.data)
+            last = block
+        assert last is not None  # no data set has no groups
+        file.seek(0)
+        _write_header(file, last.examples, len(marks))  # of the same length: NumPy leaves room for any number
+    twins = _twins(np.frombuffer(b"".join(marks), np.uint64), places)
+    entry = {"sha256": _checksum(array), "names": names, "counts": counts, "twins": twins}
     with atomic_write(index) as file:  # last: an index stands for a whole array
         file.write(json.dumps(entry).encode())
+
+
+def _blocks(dataset: ExampleSet) -> Iterator[Block]:
+    """The groups of a whole data set."""
+    for name, start, count in zip(dataset.names, dataset.starts, dataset.counts, strict=True):
+        yield Block(name, dataset.examples[start : start + count], [name] * int(count))
+
+
+def _write_header(file: BinaryIO, examples: NDArray[Any], rows: int) -> None:
+    """The head of a ``.npy`` file of so many rows like ``examples``."""
+    about = {"descr": examples.dtype.str, "fortran_order": False, "shape": (rows, *examples.shape[1:])}
+    np.lib.format.write_array_header_1_0(file, about)
+
+
+def _twins(marks: NDArray[np.uint64], places: Sequence[str]) -> list[Twin]:
+    """The examples whose marks are equal, each with the first of them."""
+    order = np.argsort(marks, kind="stable")
+    same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]]) + 1
+    first = np.arange(len(order))
+    first[same] = 0
+    first = np.maximum.accumulate(first)  # where in the order the run of equal marks begins
+    pairs = ((int(order[first[at]]), int(order[at])) for at in same)
+    return [Twin(a, b, places[a], places[b]) for a, b in pairs]
+
+
+def told(places: Sequence[str], one: str, more: str) -> tuple[str, str]:
+    """How many there are, and where (the first of them)."""
+    return (
+        (f"1 {one}", f": {places[0]}") if len(places) == 1 else (f"{len(places)} {more}", f", the first: {places[0]}")
+    )
+
+
+def some(things: Iterable[object], most: int = 10) -> str:
+    """A list for messages; of a long one the beginning, and how many are left."""
+    shown = [str(thing) for thing in things]
+    rest = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(eq=False)
@@ -127,6 +220,10 @@ class DataTasks(ABC):
 
     name: ClassVar[str]
     """The data set, as the cache's files are named."""
+    licence: ClassVar[str] = ""
+    """Under which terms the data may be used."""
+    groups: ClassVar[str] = "groups"
+    """What the groups are, for people."""
 
     # what a subclass says
 
@@ -135,8 +232,8 @@ class DataTasks(ABC):
         """Names all that `build` depends on: files with sizes and times, versions, settings."""
 
     @abstractmethod
-    def build(self) -> ExampleSet:
-        """Reads (where necessary downloads) the data set and decodes it.
+    def build(self) -> ExampleSet | Iterator[Block]:
+        """Reads (where necessary downloads) the data set and decodes it: whole, or piece by piece.
 
         Raises:
             DataError: the data is missing or damaged.
@@ -159,6 +256,19 @@ class DataTasks(ABC):
         """How much there is of what, for people."""
 
     # what all share
+
+    def card(self) -> list[str]:
+        """What else is to be known of the data set, for people: a line for each split, the licence, and a checksum of
+        the lists of groups, by which two can tell whether they have divided the same data in the same way."""
+        digest = hashlib.sha256()
+        lines: list[str] = []
+        for split, groups in self.members.items():
+            counts = self.dataset.counts[groups]
+            each = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
+            lines.append(f"{split:5} {len(groups):,} {self.groups} of {each}, {counts.sum():,} in all")
+            digest.update("".join(f"{split} {self.dataset.names[group]}\n" for group in groups).encode())
+        licence = [f"licence: {self.licence}"] if self.licence else []
+        return [*lines, *licence, f"sha256 of the lists of each split: {digest.hexdigest()[:16]}"]
 
     @property
     def root(self) -> Path:
@@ -232,6 +342,7 @@ class FewShotClasses(DataTasks):
 
     examples: ClassVar[str]
     """What the examples are called, for people."""
+    groups: ClassVar[str] = "classes"
 
     def __post_init__(self) -> None:
         least = {"ways": 2, "shots": 1, "queries": 1, "train_shots": 1, "train_queries": 1}
@@ -260,6 +371,33 @@ class FewShotClasses(DataTasks):
     def vary(self, examples: NDArray[Any], variants: NDArray[np.int64]) -> None:
         """Turns each class's examples (first axis) into those of the variant given for it (0: as it is), in place."""
 
+    def prepare(self) -> None:
+        """See `DataTasks.prepare`; equal examples in classes of two splits are reported."""
+        super().prepare()
+        split_of = {int(group): split for split, groups in self.members.items() for group in groups}
+        starts = self.dataset.starts
+        equal: dict[int, dict[int, str]] = defaultdict(dict)
+        for twin in self.dataset.twins:
+            equal[twin.first] |= {twin.first: twin.first_place, twin.later: twin.later_place}
+        found: list[str] = []
+        for rows in equal.values():
+            groups = np.searchsorted(starts, list(rows), "right") - 1
+            owned = [
+                (SPLITS.index(split_of[int(group)]), place)
+                for group, place in zip(groups, rows.values(), strict=True)
+                if int(group) in split_of
+            ]
+            first, *others = sorted(owned) or [(0, "")]
+            found += [
+                f"{place} ({SPLITS[at]}) and {first[1]} ({SPLITS[first[0]]})" for at, place in others if at != first[0]
+            ]
+        if found:
+            one = self.examples.removesuffix("s")
+            log.warning(
+                "%s in classes of two splits, so that unseen classes are not wholly unseen%s",
+                *told(found, f"{one} stands", f"{self.examples} stand"),
+            )
+
     def check(self, split: Split, members: NDArray[np.int64]) -> None:
         """Enough classes, and enough examples of each."""
         shots, queries = self._sizes(split)
@@ -268,6 +406,7 @@ class FewShotClasses(DataTasks):
             raise DataError(
                 f"the {split} split of {self.name} has {available} classes{counted}, fewer than the "
                 f"{self.ways} ways of a task: lower tasks.ways"
+                + (" or change tasks.fractions" if hasattr(self, "fractions") else "")
             )
         smallest = members[np.argmin(self.dataset.counts[members])]
         if self.dataset.counts[smallest] < shots + queries:
@@ -296,9 +435,12 @@ class FewShotClasses(DataTasks):
         classes = members[drawn // self.variants]
         # distinct examples of each class: the first few of a random order
         counts = self.dataset.counts[classes]
-        order = rng.random((self.ways, int(counts.max())))
-        order[np.arange(order.shape[1]) >= counts[:, None]] = np.inf
-        examples = np.argsort(order, axis=1, kind="stable")[:, : shots + queries]
+        if counts.max() > _LARGE_CLASS:
+            examples = np.stack([rng.choice(count, shots + queries, replace=False) for count in counts])
+        else:
+            order = rng.random((self.ways, int(counts.max())))
+            order[np.arange(order.shape[1]) >= counts[:, None]] = np.inf
+            examples = np.argsort(order, axis=1, kind="stable")[:, : shots + queries]
         block = self.dataset.examples[self.dataset.starts[classes][:, None] + examples]
         self.vary(block, drawn % self.variants)
         labels = np.arange(self.ways)

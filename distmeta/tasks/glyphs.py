@@ -84,6 +84,7 @@ class Glyphs(FewShotImages):
     """
 
     name: ClassVar[str] = "glyphs"
+    licence: ClassVar[str] = "rendered here from the free fonts that come with matplotlib"
     image_shape: ClassVar[tuple[int, int, int]] = (1, _SIZE, _SIZE)
 
     def source_key(self) -> str:

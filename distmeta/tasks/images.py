@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distmeta.core.types import TaskSpec
+from distmeta.core.types import Episode, Split, TaskSpec
+from distmeta.tasks.augment import Transform, augmented, transform_of
 from distmeta.tasks.datasets import FewShotClasses
 from distmeta.tasks.own import OwnClasses
 from distmeta.tasks.pictures import character_pixels, folder_of_classes, folder_of_images, photo_pixels, to_floats
@@ -21,18 +23,48 @@ class FewShotImages(FewShotClasses):
     """N-way K-shot classification of images, which the data set holds as uint8 [n, H, W] (grey) or [n, H, W, 3].
 
     With ``rotations`` each class turned by 90, 180 and 270 degrees is a class of its own.
+
+    Raises:
+        ConfigError: a field is out of range, or ``augment`` names no transform.
     """
 
     rotations: Annotated[bool, "Whether a class turned by 90, 180 or 270 degrees counts as another class."] = False
+    augment: Annotated[
+        tuple[dict[str, Any], ...],
+        "Transforms of torchvision.transforms.v2 for training tasks, each {use: NAME, argument: value, …}.",
+    ] = ()
 
     examples: ClassVar[str] = "images"
     image_shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
-    """Channels, height and width of one image."""
+    """The ``shape`` of a data set that has only one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augment:
+            _ = self.transform
+
+    @cached_property
+    def transform(self) -> Transform:
+        """What augments an image."""
+        return transform_of(self.augment, self.shape)
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        """Draws an episode of ``split`` (see `FewShotClasses.sample`); images of training tasks are augmented."""
+        episode = super().sample(rng, split)
+        if split != "train" or not self.augment:
+            return episode
+        (x, y), (query_x, query_y) = episode
+        return Episode((augmented(x, self.transform, rng), y), (augmented(query_x, self.transform, rng), query_y))
 
     @property
     def spec(self) -> TaskSpec:
-        """What a model is built for: images of ``image_shape``, one output a class, cross-entropy."""
-        return TaskSpec(self.image_shape, self.ways, "cross_entropy")
+        """What a model is built for: images of ``shape``, one output a class, cross-entropy."""
+        return TaskSpec(self.shape, self.ways, "cross_entropy")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return self.image_shape
 
     @property
     def variants(self) -> int:
@@ -63,5 +95,5 @@ class FewShotImages(FewShotClasses):
         Raises:
             DataError: the file is missing or is not an image.
         """
-        read = character_pixels if self.image_shape[0] == 1 else photo_pixels
-        return to_floats(read(path, self.image_shape[1])[None])[0]
+        read = character_pixels if self.shape[0] == 1 else photo_pixels
+        return to_floats(read(path, self.shape[1])[None])[0]

@@ -96,6 +96,7 @@ class Omniglot(FewShotImages):
     )
 
     name: ClassVar[str] = "omniglot"
+    licence: ClassVar[str] = "MIT"
     image_shape: ClassVar[tuple[int, int, int]] = (1, _SIZE, _SIZE)
 
     @property

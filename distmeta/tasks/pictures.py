@@ -6,7 +6,7 @@ import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from distmeta.errors import DataError
 
 Pixels = NDArray[np.uint8]
+Fit = Literal["crop", "pad", "stretch"]
 _BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -31,17 +32,18 @@ def load_image(source: Path | bytes, label: str) -> Image.Image:
     """Decodes a picture, a file or the bytes of one, upright as its EXIF data says; messages call it ``label``.
 
     Raises:
-        DataError: there is no such file or it is not a whole image.
+        DataError: there is no such file, it is not a whole image, or its pixels are neither of 8 nor of 16 bits.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             picture.load()
             # the copy that a transposition makes is worth sparing where there is nothing to transpose
-            return ImageOps.exif_transpose(picture) if picture.getexif() else picture
+            upright = ImageOps.exif_transpose(picture) if picture.getexif() else picture
     except FileNotFoundError as error:
         raise DataError(f"there is no file {label}") from error
     except _BROKEN_IMAGE as error:
         raise DataError(f"{label} cannot be read as an image: {error}") from error
+    return _eight_bits(upright, label)
 
 
 def character_pixels(source: Path | bytes, size: int, label: str | None = None) -> Pixels:
@@ -76,13 +78,29 @@ def character_pixels(source: Path | bytes, size: int, label: str | None = None) 
     return np.array(ink.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def photo_pixels(source: Path | bytes, size: int, label: str | None = None) -> Pixels:
-    """Reads a photograph: uint8 [size, size, 3], its middle square, resized with Pillow's antialiased Lanczos filter.
+def photo_pixels(
+    source: Path | bytes, size: int, label: str | None = None, *, colour: bool = True, fit: Fit = "crop"
+) -> Pixels:
+    """Reads a photograph: uint8 [size, size, 3], or [size, size] in grey, by Pillow's antialiased Lanczos filter.
 
-    Transparency is laid on white. Arguments and errors are those of `character_pixels`, but for the one colour.
+    Transparency is laid on white; 16-bit pictures keep their 8 highest bits.
+
+    Args:
+        source: a file, or the bytes of one.
+        size: height and width of the result.
+        label: what messages call it; a path names itself.
+        colour: red, green and blue, or grey.
+        fit: what becomes of an oblong picture: its middle square, the whole between black bars, or the whole deformed.
+
+    Raises:
+        DataError: there is no such file or it is not a whole image.
     """
-    picture = _opaque(load_image(source, label or str(source))).convert("RGB")
-    return np.array(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
+    label = label or str(source)
+    picture = _opaque(load_image(source, label)).convert("RGB" if colour else "L")
+    if fit == "stretch":
+        return np.array(picture.resize((size, size), Image.Resampling.LANCZOS))
+    reshape = ImageOps.fit if fit == "crop" else ImageOps.pad
+    return np.array(reshape(picture, (size, size), Image.Resampling.LANCZOS))
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
@@ -91,6 +109,17 @@ def _opaque(picture: Image.Image) -> Image.Image:
         return picture
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
+def _eight_bits(picture: Image.Image, label: str) -> Image.Image:
+    """A picture of more than 8 bits a pixel by its 8 highest; Pillow would cut off all above 255."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        kind = "fractions" if picture.mode == "F" else f"values from {values.min()} to {values.max()}"
+        raise DataError(f"{label} holds {kind} instead of 8 or 16 bits a pixel: save it as such")
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 
 class Pictures(NamedTuple):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +19,20 @@ from torch import Tensor
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split, TaskSpec
 from distmeta.errors import ConfigError, DataError
-from distmeta.tasks.datasets import SPLITS, ExampleSet, FewShotClasses
+from distmeta.tasks.datasets import ExampleSet, FewShotClasses, told
 from distmeta.tasks.files import download
 from distmeta.tasks.own import OwnClasses
-from distmeta.tasks.tables import Text, read_text, texts
+from distmeta.tasks.splits import (
+    SPLITS,
+    USUAL,
+    Fractions,
+    by_fractions,
+    check_fractions,
+    listed,
+    read_json,
+    read_lists,
+)
+from distmeta.tasks.tables import Text, texts
 from distmeta.tasks.tokens import Tokenizer, normal, table, tokenizer_of
 
 log = logging.getLogger("distmeta")
@@ -97,33 +106,14 @@ class FewShotText(FewShotClasses):
         lists = self.tokens([text for name in names for text in by_class[name]], self.length + 1)
         cut = sum(len(tokens) > self.length for tokens in lists)
         if empty:
-            log.warning("%s empty and left out%s", *_told(empty, "text is", "texts are"))
+            log.warning("%s empty and left out%s", *told(empty, "text is", "texts are"))
         if twice:
-            log.warning("%s more than once in a class and taken once%s", *_told(twice, "text stands", "texts stand"))
+            log.warning("%s more than once in a class and taken once%s", *told(twice, "text stands", "texts stand"))
         if cut:
             lists = self.tokens([text for name in names for text in by_class[name]], self.length)
             log.warning("%d of %d texts are longer than tasks.length = %d tokens and cut", cut, len(lists), self.length)
         counts = np.array([len(by_class[name]) for name in names], np.int64)
         return ExampleSet(table(lists, self.length), tuple(names), counts)
-
-    def prepare(self) -> None:
-        """See `DataTasks.prepare`; texts that classes of two splits have are reported."""
-        super().prepare()
-        seen: dict[bytes, int] = {}
-        found: list[str] = []
-        for split in SPLITS:
-            groups = set(self.members[split].tolist())
-            for group in sorted(groups):
-                first = self.dataset.starts[group]
-                for row in self.dataset.examples[first : first + self.dataset.counts[group]]:
-                    other = seen.setdefault(row.tobytes(), group)
-                    if other not in groups:
-                        found.append(f"{self.dataset.names[group]} ({split}) and {self.dataset.names[other]}")
-        if found:
-            log.warning(
-                "%s in classes of two splits, so that unseen classes are not wholly unseen%s",
-                *_told(found, "text stands", "texts stand"),
-            )
 
     def inputs(self, examples: NDArray[Any]) -> Tensor:
         """int64 [n, length], or as many columns as the longest text has tokens."""
@@ -167,19 +157,14 @@ class OwnText(FewShotText):
     split_file: Annotated[
         str | None, "JSON file with lists of classes (or domains) called train, val and test; null: fractions."
     ] = None
-    fractions: Annotated[tuple[float, float, float], "Shares of train, val and test, where no file says them."] = (
-        0.6,
-        0.15,
-        0.25,
-    )
+    fractions: Fractions = USUAL
     split_seed: Annotated[int, "The seed that shuffles the classes (or domains) before they are divided."] = 0
 
     name: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.fractions) <= 0 or sum(self.fractions) > 1 + 1e-9:
-            raise ConfigError(f"tasks.fractions are {self.fractions}; they must be above 0 and at most 1 together")
+        check_fractions(self.fractions)
 
     def files(self) -> list[Path]:
         """The file, or all files of the folder."""
@@ -197,13 +182,9 @@ class OwnText(FewShotText):
         unit_of = _units(names, self.domains)
         units = sorted(set(unit_of.values()))
         if self.split_file is not None:
-            listed = _lists(Path(self.split_file).expanduser())
-            chosen = _listed(listed, split, units, self.split_file)
+            chosen = listed(read_lists(Path(self.split_file).expanduser()), units, self.split_file)[split]
         else:
-            shuffled = stream("text", self.split_seed).permutation(len(units))
-            ends = np.rint(np.cumsum(self.fractions) * len(units)).astype(int).tolist()
-            at = SPLITS.index(split)
-            chosen = {units[i] for i in shuffled[([0, *ends])[at] : ends[at]]}
+            chosen = by_fractions(units, self.fractions, self.split_seed, "text")[split]
         return np.array([i for i, name in enumerate(names) if unit_of[name] in chosen], np.int64)
 
 
@@ -238,6 +219,7 @@ class Clinc150(FewShotText):
     )
 
     name: ClassVar[str] = "clinc150"
+    licence: ClassVar[str] = "CC BY 3.0"
 
     def files(self) -> list[Path]:
         """The two files, downloaded where they are missing."""
@@ -250,9 +232,9 @@ class Clinc150(FewShotText):
     def read(self) -> Iterator[Text]:
         """All sentences of the intents; an intent is called ``domain/intent``."""
         data, domains = self.files()
-        lists = _lists(domains)
+        lists = read_lists(domains)
         domain_of = {intent: domain for domain, intents in lists.items() for intent in intents}
-        whole = _json(data)
+        whole = read_json(data)
         total = sum(len(whole.get(part, ())) for part in SPLITS)
         if total != _CLINC_TEXTS:
             raise DataError(
@@ -303,13 +285,6 @@ def _group(read: Iterable[Text]) -> tuple[dict[str, list[str]], list[str], list[
     return dict(by_class), empty, twice
 
 
-def _told(places: Sequence[str], one: str, more: str) -> tuple[str, str]:
-    """How many there are, and where (the first of them)."""
-    return (
-        (f"1 {one}", f": {places[0]}") if len(places) == 1 else (f"{len(places)} {more}", f", the first: {places[0]}")
-    )
-
-
 def _not_empty(text: Text) -> Text:
     if not text.text.strip():
         raise DataError(f"{text.place} has an empty text")
@@ -318,49 +293,12 @@ def _not_empty(text: Text) -> Text:
     return text._replace(label=None if text.label is None else text.label.strip())
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(read_text(path))
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return data
-
-
-def _lists(path: Path) -> dict[str, list[str]]:
-    """A JSON object of lists of strings."""
-    data = _json(path)
-    for key, values in data.items():
-        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
-            raise DataError(f"{path}: {key!r} must be a list of strings")
-    return data
-
-
 def _units(names: Sequence[str], domains: str | None) -> dict[str, str]:
     """What is divided among the splits, a class or its domain, for each class."""
     if domains is None:
         return {name: name for name in names}
-    domain_of = {name: domain for domain, members in _lists(Path(domains).expanduser()).items() for name in members}
+    domain_of = {name: domain for domain, members in read_lists(Path(domains).expanduser()).items() for name in members}
     for name in names:
         if name not in domain_of:
             raise DataError(f"{domains} has no domain of the class {name!r}")
     return {name: domain_of[name] for name in names}
-
-
-def _listed(listed: Mapping[str, list[str]], split: Split, units: Sequence[str], file: str) -> set[str]:
-    """The units that a split file lists for ``split``.
-
-    Raises:
-        DataError: It lacks a list, names something unknown, or names something twice.
-    """
-    owner: dict[str, str] = {}
-    for part in SPLITS:
-        if part not in listed:
-            raise DataError(f"{file} has no list {part!r}")
-        for unit in listed[part]:
-            if unit not in units:
-                raise DataError(f"{file}: {part} names {unit!r}, which the data do not have")
-            if owner.setdefault(unit, part) != part:
-                raise DataError(f"{file}: {unit!r} is both in {owner[unit]} and in {part}")
-    return set(listed[split])
