@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import distmeta
+from distmeta.profiling import per_step
 
 WARM_UP, STEPS = 10, 60  # steps left out while caches fill, and steps in all
 
@@ -27,17 +28,16 @@ def main(arguments: list[str]) -> None:
         run = distmeta.train(names[0], *settings, f"run_dir={Path(folder) / 'run'}")
         lines = [record for record in run.records() if record["step"] > WARM_UP]
         workers = run.config().scaling.num_workers
-    seconds = {part: sum(line["seconds"].get(part, 0.0) for line in lines) for part in lines[0]["seconds"]}
-    seconds["checkpoint"] = sum(line["seconds"].get("checkpoint", 0.0) for line in lines)
+    driver, computed = per_step(lines)
     steps = sum(line["steps"] for line in lines)
     assert isinstance(workers, int)
-    wall = sum(seconds[part] for part in ("map", "reduce", "outer", "checkpoint"))
-    shares = {"adapt": seconds["adapt"], "sample": seconds["sample"]}
-    shares["transfer"] = workers * seconds["map"] - seconds["adapt"] - seconds["sample"]
-    shares |= {part: workers * seconds[part] for part in ("reduce", "outer", "checkpoint")}
-    print(f"{names[0]}, {workers} workers: {1000 * wall / steps:.1f} ms a step over {steps} steps")
+    wall = sum(driver.values())
+    shares = {"adapt": computed["adapt"], "sample": computed["sample"]}
+    shares["transfer"] = workers * driver["map"] - computed["adapt"] - computed["sample"]
+    shares |= {part: workers * driver[part] for part in ("reduce", "outer", "checkpoint")}
+    print(f"{names[0]}, {workers} workers: {1000 * wall:.1f} ms a step over {steps} steps")
     for part, value in shares.items():
-        print(f"{part:12} {1000 * value / workers / steps:8.2f} ms {100 * value / workers / wall:6.2f}%")
+        print(f"{part:12} {1000 * value / workers:8.2f} ms {100 * value / workers / wall:6.2f}%")
     print(f"{'overhead':12} {'':11} {100 * (1 - shares['adapt'] / workers / wall):6.2f}%")
 
 

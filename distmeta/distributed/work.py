@@ -83,12 +83,14 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
     keep_freed_memory()
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    mode = torch.get_deterministic_debug_mode()
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
         _set_deterministic(2)
+        # Else deterministic mode writes NaN into all new memory, a tenth of the time; no kernel here leaves any unset.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(seed)
         try:
             yield
@@ -96,6 +98,7 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
             torch.backends.cudnn.benchmark = before[2]
+            torch.utils.deterministic.fill_uninitialized_memory = fill
             _set_deterministic(mode)
 
 

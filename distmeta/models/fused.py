@@ -171,7 +171,7 @@ class _NormReLUPoolBackward(Function):
         ctx.set_materialize_grads(False)
         dy, matrix = _empty(y)
         sums = kernels.gradient(_matrix(g), _matrix(y), gamma.detach().numpy(), *constants, matrix)
-        return dy, *(torch.from_numpy(total).to(y.dtype) for total in sums)
+        return dy, *map(torch.from_numpy, sums)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None, e: Tensor | None) -> Any:  # pyright: ignore
@@ -186,4 +186,4 @@ class _NormReLUPoolBackward(Function):
         cotangents = _matrix(back), on_gamma.numpy(), on_beta.numpy()
         primals = _matrix(g), _matrix(y), gamma.detach().numpy()
         f = kernels.second(*cotangents, *primals, *ctx.constants, dg_matrix, dy_matrix)
-        return dg, dy, torch.from_numpy(f).to(y.dtype), None
+        return dg, dy, torch.from_numpy(f), None

@@ -112,7 +112,7 @@ def gradient(
         if r // width % height >= rows * p or r % width >= columns * p:
             for c in range(channels):
                 dy[r, c] = k0[c] + ky[c] * y[r, c]
-    return sum_ux, sum_u
+    return sum_ux.astype(gamma.dtype), sum_u.astype(gamma.dtype)
 
 
 @_compiled
@@ -176,4 +176,4 @@ def second(
         if r // width % height >= rows * p or r % width >= columns * p:
             for c in range(channels):
                 dy[r, c] = k0[c] + ky[c] * y[r, c] + ka[c] * a[r, c]
-    return f
+    return f.astype(gamma.dtype)
