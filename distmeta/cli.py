@@ -68,7 +68,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    print(message.replace("\n", "\\n"), file=sys.stderr)  # names of files may hold anything
     raise SystemExit(code)
 
 

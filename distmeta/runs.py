@@ -16,7 +16,7 @@ import yaml
 
 from distmeta import checkpoint
 from distmeta.config import Config, load, read_yaml
-from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
+from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError, one_line
 from distmeta.experiment import complete
 from distmeta.mirror import Mirror, is_url
 
@@ -29,6 +29,8 @@ MAY_CHANGE = (
 
 
 ABSENT = "absent"
+BEGUN = (".lock", ".writing-config.yaml")
+"""What a folder may hold that is not a run yet."""
 
 
 class Named(Protocol):
@@ -67,7 +69,7 @@ class RunFolder:
         return folder
 
     def refuse_used(self) -> None:
-        """Raises `RunError` if the folder holds anything but the lock of who is about to use it."""
+        """Raises `RunError` if the folder holds anything but what one who has died while beginning has left."""
         path = self.path
         if self.mirror is not None:
             if self.mirror.used():
@@ -78,7 +80,7 @@ class RunFolder:
                     "another folder"
                 )
             self.mirror.forget()
-        elif path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(entry.name not in BEGUN for entry in path.iterdir())):
             go_on = {"config.yaml": "distmeta resume", "search.yaml": "distmeta tune --resume"}
             command = next((text for file, text in go_on.items() if (path / file).exists()), None)
             hint = f"`{command} {path}` goes on with it, " if command else ""
@@ -95,9 +97,9 @@ class RunFolder:
             self.refuse_used()
         elif (self.path / "config.yaml").exists():
             raise RunError(f"{self.address} exists already; run_dir=… takes another folder")
+        self.write_config(config.model_copy(update={"run_dir": self.address}))  # from now on it can be resumed
         with storage_errors(self.path):
             self.checkpoints.mkdir()
-        self.write_config(config.model_copy(update={"run_dir": self.address}))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -196,8 +198,12 @@ class RunFolder:
                 f"{self.address} has no checkpoint {which!r}; it has best, last and the steps "
                 + ", ".join(map(str, steps))
             )
+        path = checkpoint.path_of(self.checkpoints, step)
         try:
-            return checkpoint.load(checkpoint.path_of(self.checkpoints, step))
+            found = checkpoint.load(path)
+            if not _is_state(found.state):
+                raise CheckpointError(f"checkpoint {path} holds something else than the state of a run")
+            return found
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._offer(step)}") from error
 
@@ -234,10 +240,13 @@ class RunFolder:
                 if not line.endswith("\n"):
                     break
                 try:
-                    records.append(json.loads(line))
-                except ValueError as error:
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+                        raise ValueError("it is no record with a kind and a step")
+                    records.append(record | {"step": int(record["step"])})
+                except (ValueError, TypeError, OverflowError, RecursionError) as error:
                     raise RunError(
-                        f"line {number} of {self.metrics} is damaged ({error}); delete that line to go on"
+                        f"line {number} of {self.metrics} is damaged ({one_line(error)}); delete that line to go on"
                     ) from error
         return records
 
@@ -298,6 +307,15 @@ class RunFolder:
             except BlockingIOError as error:
                 raise RunError(f"{self.address} is in use by another process; wait for it, or stop it") from error
             yield
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is the plain part of a checkpoint of a run, as far as it is read without its optimizer."""
+    if not isinstance(state, dict) or not isinstance(state.get("outer"), dict) or "best" not in state:
+        return False
+    best, kinds = state["best"], {"step": int, "metric": str, "value": (int, float)}
+    known = best is None or (isinstance(best, dict) and all(isinstance(best.get(k), kind) for k, kind in kinds.items()))
+    return known and isinstance(state["outer"].get("step"), int) and isinstance(state.get("constants"), str)
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:

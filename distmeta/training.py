@@ -112,9 +112,12 @@ def resume(
         for key, (old, new) in changed.items():
             log.info("%s: %s → %s", key, old, new)
         counting = {key: both for key, both in changed.items() if not covered(key, MAY_CHANGE)}
+        # Read before a cluster is waited for: it may be damaged.
+        begun = storage.steps(run.checkpoints) or checkpoint not in ("last", "best")
+        saved = run.checkpoint(checkpoint) if begun else None
         experiment = assemble(config, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
         with Training(experiment) as training:
-            training.restore(run, checkpoint, counting)
+            training.restore(run, saved, counting)
             run.write_config(training.config)
             if counting and training.outer.step:
                 log.warning("from step %d on the parameters are those of neither configuration", training.outer.step)
@@ -162,14 +165,13 @@ class Training:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def restore(self, run: RunFolder, which: str, changed: Collection[str] = ()) -> None:
-        """Goes back to a checkpoint of ``run``, or to the start if there is none, and drops what came after it.
+    def restore(self, run: RunFolder, saved: storage.Checkpoint | None, changed: Collection[str] = ()) -> None:
+        """Goes back to a checkpoint of ``run``, or without one to the start, and drops what came after it.
 
         ``changed`` are the keys whose values are others than those of the checkpoint, and count. Where the optimizer or
         its options are among them, it forgets past gradients.
         """
-        if storage.steps(run.checkpoints):
-            saved = run.checkpoint(which)
+        if saved is not None:
             check_constants(saved.state["constants"], self.problem)
             anew = [key for key in changed if key.startswith("outer.")]
             moments = not any(key.startswith(("outer.use", "outer.options")) for key in anew)
