@@ -1,6 +1,6 @@
 """What checkpoints cost: throughput with one at every 100 outer steps, against none, in one run.
 
-    python benchmarks/checkpointing.py [CONFIG] [key=value ...]
+    python benchmarks/checkpointing.py [--pairs 10] [CONFIG] [key=value ...]
 
 Stretches of 100 steps that begin with a checkpoint and stretches without one take turns, so that both see the same
 machine. A stretch holds all that its checkpoint costs: the copy of the state, and what writing it aside takes from the
@@ -10,8 +10,8 @@ stretches differ by more than a checkpoint can cost, the processor time of both 
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,10 +25,15 @@ from distmeta.distributed.work import reproducible, shards_of
 from distmeta.experiment import assemble
 from distmeta.training import Training
 
-STEPS, PAIRS = 100, 10  # outer steps of a stretch, and stretches of each kind
+STEPS = 100  # outer steps of a stretch
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=10, help="stretches of each kind, 2 or more")
+    parser.add_argument("config", nargs="*")
+    given = parser.parse_args()
+    arguments, pairs = given.config, given.pairs
     names = [word for word in arguments if "=" not in word] or ["glyphs-5way-1shot-maml"]
     config = load(names[0], ["scaling.num_workers=2", *(word for word in arguments if "=" in word)])
     size = config.train.meta_batch_size
@@ -49,7 +54,7 @@ def main(arguments: list[str]) -> None:
     checkpoint._save_and_prune = timed
     with tempfile.TemporaryDirectory() as folder, Training(assemble(config)) as training, Writer() as writer:
         outer = training.outer
-        for stretch in range(-1, 2 * PAIRS):  # the first one warms up
+        for stretch in range(-1, 2 * pairs):  # the first one warms up
             saves = stretch % 2 == 1
             start = time.perf_counter()
             if saves:
@@ -78,11 +83,11 @@ def main(arguments: list[str]) -> None:
     )
     print(
         f"a checkpoint at every {STEPS} steps costs {100 * statistics.median(ratios):.2f}% of throughput "
-        f"(median of {PAIRS} pairs of neighbours; quartiles "
+        f"(median of {pairs} pairs of neighbours; quartiles "
         + ", ".join(f"{100 * q:.2f}%" for q in statistics.quantiles(ratios, n=4)[::2])
         + ")"
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -6,19 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.timeout(600)  # a minute or two where nothing else runs
 def test_each_fault_once_changes_no_bit() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos", "--once", "--gap", "1"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-    print(done.stdout)  # shown where a disk could not be filled
     found = json.loads(done.stdout.splitlines()[-1])
     expected = {
         "worker killed",
@@ -29,3 +32,5 @@ def test_each_fault_once_changes_no_bit() -> None:
         "driver killed",
     }
     assert found["survived"].keys() >= expected | {"driver interrupted", "checkpoint damaged"}
+    if "disk full" not in found["survived"]:
+        warnings.warn(next(line for line in done.stdout.splitlines() if "no disk is filled" in line), stacklevel=1)

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--gap", type=float, default=2.0, help="seconds between faults, on average")
     parser.add_argument("--steps", type=int, default=0, help="outer steps of each run")
     given = parser.parse_args()
-    steps = given.steps or (160 if given.once else 600)
+    steps = given.steps or (100 if given.once else 600)
     begun = time.monotonic()
     survived: Counter[str] = Counter()
     recoveries: dict[str, list[float]] = defaultdict(list)

@@ -56,7 +56,10 @@ def _slow(process: psutil.Process, seconds: float) -> None:
 
 def kill_node(ordeal: Ordeal) -> Hit | None:
     """All processes of a node are ended at once; a new node comes some seconds later."""
-    node = ordeal.random.choice(sorted(ordeal.cluster.worker_nodes, key=lambda node: node.node_ip_address))
+    nodes = sorted(ordeal.cluster.worker_nodes, key=lambda node: node.unique_id)
+    if not nodes:
+        return None
+    node = ordeal.random.choice(nodes)
     raylet = next(info.process.pid for info in node.all_processes["raylet"])
     hit = [process.pid for process in ordeal.workers(99) if process.ppid() == raylet]
     ordeal.replace_node(node)

@@ -18,7 +18,7 @@ from .driver import RUNS, Driver, digest
 from .faults import FAULTS, Hit
 from .tasks import PAUSE
 
-NODES = 2  # beside the head, which has room for drivers only
+NODES = 1  # beside the head
 PAUSED = 0.15  # seconds that a task takes longer while there are faults to come
 STUCK = 600.0  # seconds without a step
 LOST = re.compile(r"\(process (\d+)\) was lost at (tasks \S+ of step \d+ \(split \w+\))")
@@ -111,13 +111,13 @@ class Ordeal:
             end = time.monotonic() + self.random.uniform(0.2, 2 * gap)
             while time.monotonic() < end:
                 self._watch()
-            steps = {driver.name: driver.step() for driver in self.drivers}
             if all(driver.done for driver in self.drivers):
                 break
             before = time.monotonic()
             hit: Hit | None = None
+            at, steps = before, {}
             while hit is None and time.monotonic() < before + 90:  # until there is somebody to hit
-                at = time.monotonic()
+                at, steps = time.monotonic(), {driver.name: driver.step() for driver in self.drivers}
                 hit = FAULTS[kind](self)
                 if hit is None:
                     for _ in range(10):
@@ -207,7 +207,7 @@ def add_node(cluster: Cluster) -> None:
 @contextmanager
 def cluster() -> Iterator[Cluster]:
     """A cluster of separate raylets on this machine."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
         for _ in range(NODES):
             add_node(made)
