@@ -16,7 +16,7 @@ import distmeta
 from distmeta import MAML, RunFolder
 from distmeta.algorithms import ALGORITHMS
 from distmeta.config import Scaling
-from distmeta.distributed.executor import InProcess, reduce_mean
+from distmeta.distributed.executor import InProcess
 from distmeta.distributed.ray import RayPool
 from distmeta.distributed.work import shards_of
 from distmeta.errors import NumericalError, ResourceError, WorkerError

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
