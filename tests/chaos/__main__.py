@@ -77,7 +77,7 @@ def main() -> int:
             if reason is None:
                 subprocess.run(["umount", "-l", disk], check=True)
     print(
-        f"\n{runs} pairs of runs, {sum(survived.values())} faults, all survived, all parameters the same to the bit\n"
+        f"\n{runs} of each training, {sum(survived.values())} faults, all survived, all parameters the same to the bit\n"
     )
     print("| fault | survived | recoveries timed | median s | longest s |\n|---|---|---|---|---|")
     for kind in kinds:
