@@ -76,9 +76,7 @@ def main() -> int:
         finally:
             if reason is None:
                 subprocess.run(["umount", "-l", disk], check=True)
-    print(
-        f"\n{runs} of each training, {sum(survived.values())} faults, all survived, all parameters the same to the bit\n"
-    )
+    print(f"\n{runs} of each training, {sum(survived.values())} faults, all survived, same parameters to the bit\n")
     print("| fault | survived | recoveries timed | median s | longest s |\n|---|---|---|---|---|")
     for kind in kinds:
         seconds = recoveries[kind]
