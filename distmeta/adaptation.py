@@ -136,7 +136,7 @@ def evaluate(
         DistmetaError: See `distmeta.errors`.
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    settings = run.config(overrides, may_change=("scaling.", "evaluation.", "data_root=", "tasks.", "algorithm.test_"))
+    settings = run.config(overrides, may_change=("scaling", "evaluation", "data_root", "tasks", "algorithm.test_"))
     experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
     config, problem = experiment.config, experiment.problem
     count = config.evaluation.tasks if episodes is None else episodes

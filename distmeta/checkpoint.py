@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,11 +22,12 @@ import safetensors.torch
 from torch import Tensor
 
 from distmeta.core.types import Params
-from distmeta.errors import CheckpointError, StorageError
+from distmeta.errors import CheckpointError, StorageError, one_line
 
 log = logging.getLogger("distmeta")
 
 FORMAT = 1
+"""A new number where this package could not read what it writes now with the code of before, or the other way round."""
 
 
 class Checkpoint(NamedTuple):
@@ -71,7 +73,8 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         "outer.safetensors": _sha256(outer),
         "content": _sha256(content.encode()),
     }
-    record = json.dumps({"format": FORMAT, "sha256": sums, "content": content}, indent=1)
+    about = {"format": FORMAT, "distmeta": version("distmeta")}
+    record = json.dumps(about | {"sha256": sums, "content": content}, indent=1)
     try:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -155,13 +158,15 @@ def load(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
     Raises:
-        CheckpointError: It is missing or damaged, or of another version; the message names a whole one before it.
+        CheckpointError: It is missing or damaged, or of another version.
     """
     try:
         record = json.loads((path / "state.json").read_text())
         if record["format"] != FORMAT:
             raise CheckpointError(
-                f"checkpoint {path} has format {record['format']}; this version of distmeta reads format {FORMAT}"
+                f"checkpoint {path} has format {record['format']!r}, written by distmeta "
+                f"{record.get('distmeta', 'of an unknown version')}; this is distmeta {version('distmeta')}, which "
+                f"reads format {FORMAT}: use the version that has written it"
             )
         content = record["content"]
         files = {name: (path / name).read_bytes() for name in ("meta.safetensors", "outer.safetensors")}
@@ -170,10 +175,23 @@ def load(path: Path) -> Checkpoint:
                 raise ValueError(f"the checksum of {name.replace('content', 'state.json')} differs")
         meta, outer = (safetensors.torch.load(files[name]) for name in ("meta.safetensors", "outer.safetensors"))
         return Checkpoint(meta, outer, json.loads(content))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        earlier = [step for step in steps(path.parent) if path_of(path.parent, step).name < path.name]
-        hint = f"; take the one before with --checkpoint {earlier[-1]}" if earlier else ""
-        raise CheckpointError(f"checkpoint {path} is missing or damaged ({error}){hint}") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as e:
+        reason = f"state.json has no {e}" if isinstance(e, KeyError) else one_line(e)
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from e
+
+
+def newest_whole(folder: Path, before: int) -> int | None:
+    """The newest step below ``before`` whose checkpoint can be read; damaged ones on the way are said."""
+    for step in reversed([step for step in steps(folder) if step < before]):
+        try:
+            load(path_of(folder, step))
+        except CheckpointError as error:
+            log.warning("%s", error)
+        else:
+            return step
+    return None
 
 
 def prune(folder: Path, keep_last: int, best: int | None) -> None:

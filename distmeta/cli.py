@@ -68,7 +68,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    print(message.replace("\n", "\\n"), file=sys.stderr)  # names of files may hold anything
     raise SystemExit(code)
 
 
@@ -89,11 +89,18 @@ def train(
 
 
 @command
-def resume(run: Run, overrides: Overrides = None, checkpoint: Which = "last") -> None:
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    checkpoint: Which = "last",
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Setting or section that may differ though it changes the result.")
+    ] = None,
+) -> None:
     """Goes on with an interrupted run, to the bit as if it had not been interrupted."""
     from distmeta.training import resume as run_resumption
 
-    run_resumption(run, *(overrides or []), checkpoint=checkpoint)
+    run_resumption(run, *(overrides or []), checkpoint=checkpoint, allow=allow or ())
 
 
 @command

@@ -94,10 +94,32 @@ def options_of(
         ConfigError: An option is unknown, missing or of the wrong type.
     """
     model = schema(target, given)
+    refuse_booleans(options, model, section)
     try:
         return dict(model.model_validate(dict(options)))
     except ValidationError as error:
         raise ConfigError(explain(error, model, section)) from error
+
+
+def refuse_booleans(data: Mapping[str, Any], model: type[BaseModel], section: str = "") -> None:
+    """Raises `ConfigError` where ``true`` or ``false`` stands for a number, as pydantic would take it: 1 or 0."""
+    for key, value in data.items():
+        field, name = model.model_fields.get(str(key)), f"{section}.{key}" if section else str(key)
+        if field is None:
+            continue
+        if (
+            isinstance(value, bool)
+            and _mentions(field.annotation, int, float)
+            and not _mentions(field.annotation, bool)
+        ):
+            raise ConfigError(f"{name}: input should be a number; given: {value}")
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(value, Mapping) and inspect.isclass(inner) and issubclass(inner, BaseModel):
+                refuse_booleans(value, inner, name)
+
+
+def _mentions(annotation: Any, *kinds: Any) -> bool:
+    return annotation in (*kinds, Any) or any(_mentions(inner, *kinds) for inner in get_args(annotation))
 
 
 def build(section: str, target: Callable[..., Any], options: Mapping[str, Any], **given: Any) -> Any:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distmeta.components import Component, explain, nearest
+from distmeta.components import Component, explain, nearest, refuse_booleans
 from distmeta.errors import ConfigError, one_line
 
 DEFAULT = "glyphs-5way-1shot-maml"
@@ -186,7 +186,14 @@ def load(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequen
         ConfigError: The source is not there or is no YAML, or a key is unknown, of the wrong type or out of range.
     """
     with _readable():
-        plain = OmegaConf.to_container(OmegaConf.create(merge(source, overrides)), resolve=True)
+        settings = OmegaConf.create(merge(source, overrides))
+        for text in _strings(OmegaConf.to_container(settings, resolve=False)):
+            if _calls(text):
+                raise ConfigError(
+                    f"the configuration calls {text!r}: it may refer to its own keys, as ${{train.steps}} does, and to "
+                    "nothing else (variables of the environment may hold secrets, and run folders are passed on)"
+                )
+        plain = OmegaConf.to_container(settings, resolve=True)
     return validate(plain)
 
 
@@ -223,8 +230,30 @@ def _readable() -> Generator[None]:
     """Turns what OmegaConf raises into a `ConfigError`."""
     try:
         yield
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"the configuration cannot be read: {one_line(error)}") from error
+
+
+def _strings(data: object) -> Generator[str]:
+    """All values that are strings."""
+    for value in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from _strings(value)
+
+
+def _calls(text: str) -> bool:
+    """Whether there is a colon within ``${…}``, where OmegaConf would call one of its resolvers."""
+    depth = 0
+    for i, sign in enumerate(text):
+        depth += text[i : i + 2] == "${"
+        depth -= sign == "}" and depth > 0
+        if sign == ":" and depth:
+            return True
+    return False
 
 
 def validate(data: object) -> Config:
@@ -233,6 +262,8 @@ def validate(data: object) -> Config:
     Raises:
         ConfigError: A key is unknown, of the wrong type or out of range.
     """
+    if isinstance(data, Mapping):
+        refuse_booleans(data, Config)
     try:
         return Config.model_validate(data)
     except ValidationError as error:

@@ -75,6 +75,14 @@ class ValidationLine(Scores):
     step: int
 
 
+class ChangeLine(BaseModel):
+    """Settings that count, and were changed when the run was resumed."""
+
+    step: int
+    changed: dict[str, tuple[Any, Any]]
+    """The value before, and from ``step`` on."""
+
+
 class Summary(BaseModel):
     """The judgement of a finished run; everything but the versions can be turned off in the configuration."""
 
@@ -97,6 +105,7 @@ class History:
     """``config.yaml`` as it stands."""
     train: list[TrainLine]
     validation: list[ValidationLine]
+    changes: list[ChangeLine]
     summary: Summary | None
     """None while the run is not finished."""
 
@@ -141,13 +150,13 @@ def _history(run: RunFolder, name: str, config: Config) -> History:
         config_text = (run.path / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"the files of {run.path} cannot be read: {error}") from error
-    lines: dict[str, list[Any]] = {"train": [], "val": []}
+    models = {"train": TrainLine, "val": ValidationLine, "change": ChangeLine}
+    lines: dict[str, list[Any]] = {kind: [] for kind in models}
     for number, record in enumerate(records, 1):
         kind = record.get("kind") if isinstance(record, dict) else None
         if kind not in lines:
             raise RunError(f"line {number} of {run.metrics} is of no known kind; kinds are {', '.join(lines)}")
-        model = TrainLine if kind == "train" else ValidationLine
-        lines[kind].append(_checked(model, record, f"line {number} of {run.metrics}"))
+        lines[kind].append(_checked(models[kind], record, f"line {number} of {run.metrics}"))
     return History(
         run,
         name,
@@ -155,6 +164,7 @@ def _history(run: RunFolder, name: str, config: Config) -> History:
         config_text,
         lines["train"],
         lines["val"],
+        lines["change"],
         _checked(Summary, summary, str(run.path / "summary.json")) if summary else None,
     )
 

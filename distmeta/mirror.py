@@ -53,7 +53,7 @@ def is_url(path: str | Path) -> bool:
 
 
 class Mirror:
-    """A run folder at ``url``, and its working copy.
+    """A run folder at ``url``, and its working copy. A password in the URL is used, and neither said nor written down.
 
     Raises:
         ConfigError: The protocol is unknown, or its package is not installed.
@@ -61,14 +61,16 @@ class Mirror:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        url = url.rstrip("/")
+        self._secret = _password(url)
+        self.url = url.replace(f":{self._secret}@", "@", 1) if self._secret else url
         protocol = self.url.partition("://")[0]
         name = f"{posixpath.basename(self.url)}-{hashlib.sha256(self.url.encode()).hexdigest()[:8]}"
         self.path = (cache_dir() / "runs" / name).absolute()
         self.failures = 0
         """How many times the URL could not be written."""
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            self._fs, self._root = fsspec.core.url_to_fs(url)
         except ImportError as error:
             package = PACKAGES.get(protocol, f"fsspec[{protocol}]")
             raise ConfigError(f"{self.url} needs the package {package}: pip install {package}") from error
@@ -257,7 +259,7 @@ class Mirror:
             if not self._silent:
                 log.warning(
                     "%s cannot be written (%s): the run goes on; what it writes is in %s, and is sent when it can be",
-                    self.url, _reason(error), self.path,
+                    self.url, self._reason(error), self.path,
                 )  # fmt: skip
             self._silent = True
             return False
@@ -334,7 +336,11 @@ class Mirror:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> RunError:
-        return RunError(f"{self.url} cannot be used: {_reason(error)}; check the address and the credentials")
+        return RunError(f"{self.url} cannot be used: {self._reason(error)}; check the address and the credentials")
+
+    def _reason(self, error: Exception) -> str:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        return text.replace(self._secret, "…") if self._secret else text
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -344,5 +350,7 @@ def _rank(name: str) -> tuple[int, str]:
     return (3 if name == "summary.json" else 1 if name.startswith("checkpoints/") else 0), name
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
+def _password(url: str) -> str:
+    """The password in ``protocol://user:password@host/path``, or nothing."""
+    user = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    return user.partition(":")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from distmeta.config import Outer
 from distmeta.core.params import Layout
 from distmeta.core.types import Params
 from distmeta.distributed.work import Problem
-from distmeta.errors import CheckpointError, ConfigError, DistmetaError, NumericalError
+from distmeta.errors import CheckpointError, ConfigError, DistmetaError, NumericalError, one_line
 from distmeta.trust_region import Passes, natural_step
 
 
@@ -129,24 +130,52 @@ class OuterLoop:
         tensors, plain = copy.deepcopy(self.state())
         return {name: parameter.detach().clone() for name, parameter in self.params.items()}, tensors, plain
 
-    def restore(self, params: Params, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    def restore(
+        self,
+        params: Params,
+        tensors: dict[str, Tensor],
+        plain: dict[str, Any],
+        *,
+        settings: bool = True,
+        moments: bool = True,
+    ) -> None:
         """Goes back to a saved state.
 
+        Args:
+            params, tensors, plain: What was saved.
+            settings: Take the optimizer's rates and the schedule's state from it too. Otherwise they are the
+                configuration's, as if it had been in force from the start.
+            moments: Take what the optimizer remembers of past gradients from it; otherwise it begins anew.
+
         Raises:
-            CheckpointError: The saved parameters are not those of this model.
+            CheckpointError: The saved parameters are not those of this model, or what was saved is no state of this
+                optimizer and schedule.
         """
         check_same(params, {name: tuple(tensor.shape) for name, tensor in self.params.items()})
+        state: dict[int, dict[str, Any]] = {}
+        try:
+            step, saved = int(plain["step"]), plain["optimizer"]
+            for name, value in {**tensors, **saved["state"]}.items() if moments else ():
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = value
+            if self.schedule is not None and settings:
+                self.schedule.load_state_dict(plain["schedule"])
+            elif self.schedule is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's, of a schedule that is ahead of its optimizer
+                    for _ in range(step):
+                        self.schedule.step()
+            groups = (saved if settings else self.optimizer.state_dict())["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit the outer optimizer or its schedule ({type(error).__name__}: "
+                f"{one_line(error)}); use the configuration that it was trained with"
+            ) from error
         with torch.no_grad():
             for name, tensor in params.items():
                 self.params[name].copy_(tensor)
-        state: dict[int, dict[str, Any]] = {}
-        for name, value in {**tensors, **plain["optimizer"]["state"]}.items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": plain["optimizer"]["param_groups"]})
-        if self.schedule is not None:
-            self.schedule.load_state_dict(plain["schedule"])
-        self.step = int(plain["step"])
+        self.step = step
 
 
 def check_same(params: Params, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -67,9 +67,9 @@ def replay(
         if not 0 <= value < bound:
             raise ConfigError(f"{key} must be between 0 and {bound - 1} in this run; given: {value}")
     outer = OuterLoop(config.outer, experiment.initial, problem.layout)
-    before = [saved for saved in storage.steps(run.checkpoints) if saved <= step]
-    if before:
-        saved = run.checkpoint(str(max(before)))
+    before = storage.newest_whole(run.checkpoints, step + 1)
+    if before is not None:
+        saved = run.checkpoint(str(before))
         outer.restore(saved.params, saved.tensors, saved.state["outer"])
     begun = outer.step
     executor = InProcess(problem)

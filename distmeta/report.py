@@ -14,7 +14,7 @@ from distmeta.experiment import Experiment, assemble
 from distmeta.history import History, Interval, Scores
 from distmeta.metrics import MetricsLog
 from distmeta.page import Picture, folded, note, table, write_page
-from distmeta.runs import RunFolder
+from distmeta.runs import RunFolder, describe
 from distmeta.tasks.control import Control
 
 EXPLANATION = (
@@ -92,6 +92,8 @@ def status(run: RunFolder) -> str:
         if state == "training":
             left = (steps - past.step) * past.config.train.meta_batch_size / last.tasks_per_second
             lines.append(f"time left   {left / 60:.1f} min without validations")
+    for change in past.changes:
+        lines.append(f"changed     at step {change.step:,}: {describe(change.changed)}")
     if past.validation:
         latest = past.validation[-1]
         lines.append(f"validation  {latest.metric} {_interval(latest, 'after')} at step {latest.step:,}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,16 +16,21 @@ import yaml
 
 from distmeta import checkpoint
 from distmeta.config import Config, load, read_yaml
-from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError
+from distmeta.errors import CheckpointError, ConfigError, RunError, StorageError, one_line
+from distmeta.experiment import complete
 from distmeta.mirror import Mirror, is_url
 
 MAY_CHANGE = (
-    "scaling.num_workers=", "scaling.min_workers=", "scaling.resources", "scaling.placement=",
-    "scaling.cpus_per_worker=", "scaling.gpus_per_worker=", "scaling.address=",
-    "scaling.start_timeout=", "scaling.shard_timeout=", "evaluation.", "checkpoint.", "validation.", "train.steps=",
-    "train.log_every=", "train.on_failure=", "data_root=",
+    "scaling.num_workers", "scaling.min_workers", "scaling.resources", "scaling.placement", "scaling.cpus_per_worker",
+    "scaling.gpus_per_worker", "scaling.address", "scaling.start_timeout", "scaling.shard_timeout", "evaluation",
+    "checkpoint", "validation", "train.steps", "train.log_every", "train.on_failure", "data_root", "name",
 )  # fmt: skip
-"""Keys that may be changed when a run is resumed: none of them changes the parameters after a given step."""
+"""Keys and sections that may be changed when a run is resumed: none changes the parameters after a given step."""
+
+
+ABSENT = "absent"
+BEGUN = (".lock", ".writing-config.yaml")
+"""What a folder may hold that is not a run yet."""
 
 
 class Named(Protocol):
@@ -63,7 +69,7 @@ class RunFolder:
         return folder
 
     def refuse_used(self) -> None:
-        """Raises `RunError` if the folder holds anything but the lock of who is about to use it."""
+        """Raises `RunError` if the folder holds anything but what one who has died while beginning has left."""
         path = self.path
         if self.mirror is not None:
             if self.mirror.used():
@@ -74,7 +80,7 @@ class RunFolder:
                     "another folder"
                 )
             self.mirror.forget()
-        elif path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(entry.name not in BEGUN for entry in path.iterdir())):
             go_on = {"config.yaml": "distmeta resume", "search.yaml": "distmeta tune --resume"}
             command = next((text for file, text in go_on.items() if (path / file).exists()), None)
             hint = f"`{command} {path}` goes on with it, " if command else ""
@@ -91,9 +97,9 @@ class RunFolder:
             self.refuse_used()
         elif (self.path / "config.yaml").exists():
             raise RunError(f"{self.address} exists already; run_dir=… takes another folder")
+        self.write_config(config.model_copy(update={"run_dir": self.address}))  # from now on it can be resumed
         with storage_errors(self.path):
             self.checkpoints.mkdir()
-        self.write_config(config.model_copy(update={"run_dir": self.address}))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -128,20 +134,43 @@ class RunFolder:
         """The file of metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
-    def config(self, overrides: Sequence[str] = (), may_change: tuple[str, ...] = MAY_CHANGE) -> Config:
+    def config(
+        self,
+        overrides: Sequence[str] = (),
+        may_change: Sequence[str] = MAY_CHANGE,
+        allow: Sequence[str] | None = None,
+    ) -> Config:
         """The run's complete configuration, with ``overrides`` of keys that do not make it another run.
 
+        Args:
+            overrides: ``"key.subkey=value"`` strings.
+            may_change: Keys and sections whose values may be others than those that the run was begun with.
+            allow: More of them; None where no more can be asked for.
+
         Raises:
-            ConfigError: An override is of a key that does not begin as one of ``may_change``.
+            ConfigError: A value would be another one that may not be; the message gives both.
         """
-        for override in overrides:
-            if not override.startswith(may_change):
-                known = ", ".join(key.rstrip("=.") for key in may_change)
-                raise ConfigError(
-                    f"{override!r} would make this another run; of an existing one only {known} may be changed: start "
-                    "a new run for the rest"
-                )
-        return load(read_yaml(self.path / "config.yaml"), overrides)
+        data = read_yaml(self.path / "config.yaml")
+        config = load(data, overrides)
+        if not overrides and not allow:
+            return config
+        changed = differences(complete(load(data)), config := complete(config))
+        for key in allow or ():
+            if not any(covered(one, [key]) for one in _flat(config.model_dump(mode="json"))):
+                raise ConfigError(f"--allow {key}: there is no such key or section in this run's configuration")
+        refused = {key: both for key, both in changed.items() if not covered(key, may_change)}
+        if "run_dir" in refused:
+            raise ConfigError(f"run_dir of an existing run cannot be changed: move the folder {self.address} itself")
+        refused = {key: both for key, both in refused.items() if not covered(key, allow or ())}
+        if refused and allow is None:
+            raise ConfigError(f"{describe(refused)} would make this another run; only {', '.join(may_change)} may be "
+                              "changed here: start a new run for the rest")  # fmt: skip
+        if refused:
+            raise ConfigError(
+                f"{describe(refused)} would make this another run; to go on with it nevertheless, with parameters that "
+                f"neither configuration alone gives: {' '.join(f'--allow {key}' for key in refused)}"
+            )
+        return config
 
     def write_config(self, config: Config) -> None:
         """Replaces ``config.yaml``."""
@@ -169,7 +198,25 @@ class RunFolder:
                 f"{self.address} has no checkpoint {which!r}; it has best, last and the steps "
                 + ", ".join(map(str, steps))
             )
-        return checkpoint.load(checkpoint.path_of(self.checkpoints, step))
+        path = checkpoint.path_of(self.checkpoints, step)
+        try:
+            found = checkpoint.load(path)
+            if not _is_state(found.state):
+                raise CheckpointError(f"checkpoint {path} holds something else than the state of a run")
+            return found
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._offer(step)}") from error
+
+    def _offer(self, damaged: int) -> str:
+        """What to do about a checkpoint that cannot be read."""
+        address = shlex.quote(self.address)
+        if (whole := checkpoint.newest_whole(self.checkpoints, damaged)) is not None:
+            return (
+                f"the one before it, of step {whole}, is whole: `distmeta resume {address} --checkpoint {whole}` goes "
+                "on from there, to the same bits"
+            )
+        config = shlex.quote(str(self.path / "config.yaml"))
+        return f"no whole one is before it: `distmeta train {config} run_dir=…` begins again, with the same bits"
 
     def summary(self) -> dict[str, Any]:
         """The final metrics; empty while the run is not finished."""
@@ -193,20 +240,34 @@ class RunFolder:
                 if not line.endswith("\n"):
                     break
                 try:
-                    records.append(json.loads(line))
-                except ValueError as error:
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+                        raise ValueError("it is no record with a kind and a step")
+                    records.append(record | {"step": int(record["step"])})
+                except (ValueError, TypeError, OverflowError, RecursionError) as error:
                     raise RunError(
-                        f"line {number} of {self.metrics} is damaged ({error}); delete that line to go on"
+                        f"line {number} of {self.metrics} is damaged ({one_line(error)}); delete that line to go on"
                     ) from error
         return records
 
+    def add_record(self, record: dict[str, Any]) -> None:
+        """Adds a line to ``metrics.jsonl``."""
+        with storage_errors(self.metrics), self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
     def forget_after(self, step: int) -> None:
-        """Drops the summary, and the metrics of steps after ``step``, which a resumed run computes again."""
+        """Drops the summary, and the metrics of steps after ``step``, which a resumed run computes again.
+
+        What was changed later has its effect from ``step`` on.
+        """
         with storage_errors(self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
         if self.metrics.exists():
-            kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-            self.write(self.metrics.name, "".join(kept))
+            records = [
+                record | {"step": min(record["step"], step)} if record["kind"] == "change" else record
+                for record in self.records()
+            ]
+            self.write(self.metrics.name, "".join(json.dumps(one) + "\n" for one in records if one["step"] <= step))
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of the folder whole, or leaves the one before."""
@@ -246,6 +307,39 @@ class RunFolder:
             except BlockingIOError as error:
                 raise RunError(f"{self.address} is in use by another process; wait for it, or stop it") from error
             yield
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is the plain part of a checkpoint of a run, as far as it is read without its optimizer."""
+    if not isinstance(state, dict) or not isinstance(state.get("outer"), dict) or "best" not in state:
+        return False
+    best, kinds = state["best"], {"step": int, "metric": str, "value": (int, float)}
+    known = best is None or (isinstance(best, dict) and all(isinstance(best.get(k), kind) for k, kind in kinds.items()))
+    return known and isinstance(state["outer"].get("step"), int) and isinstance(state.get("constants"), str)
+
+
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Each dotted key whose value differs, with both values; `ABSENT` where one has no such key."""
+    old, new = (_flat(config.model_dump(mode="json")) for config in (before, after))
+    pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in [*old, *new]}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def describe(changed: dict[str, tuple[Any, Any]]) -> str:
+    """What `differences` gives, for messages."""
+    return ", ".join(f"{key}: {old} → {new}" for key, (old, new) in changed.items())
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def covered(key: str, patterns: Sequence[str]) -> bool:
+    """Whether ``key`` is one of ``patterns``, is in the section called so, or begins so with an underscore."""
+    return f"{key}.".startswith(tuple(one if one.endswith("_") else f"{one}." for one in patterns))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +26,11 @@ from distmeta.distributed.passes import vectorise
 from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError, Stopped
 from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, nearest_neighbour, show
-from distmeta.experiment import Experiment, MetaAlgorithm, assemble
+from distmeta.experiment import Experiment, MetaAlgorithm, assemble, complete
 from distmeta.metrics import MetricsLog
 from distmeta.outer import OuterLoop, check_constants
 from distmeta.progress import Progress
-from distmeta.runs import RunFolder
+from distmeta.runs import MAY_CHANGE, RunFolder, covered, differences
 
 log = logging.getLogger("distmeta")
 
@@ -85,6 +85,7 @@ def resume(
     path: str | Path,
     *overrides: str,
     checkpoint: str = "last",
+    allow: Sequence[str] = (),
     model: nn.Module | None = None,
     loss: Criterion | None = None,
     tasks: TaskDistribution | None = None,
@@ -96,6 +97,8 @@ def resume(
         path: The folder of the run, or its URL.
         overrides: ``"key.subkey=value"`` strings of keys that may change, such as ``scaling.num_workers=8``.
         checkpoint: Where to go on from: ``last``, ``best`` or a step. Later ones are removed.
+        allow: Further keys or sections that ``overrides`` may change, although the parameters are then those of neither
+            configuration alone. What has changed is kept in ``metrics.jsonl``.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
 
     Raises:
@@ -104,11 +107,21 @@ def resume(
     """
     run = RunFolder.open(path)
     with run.lock():
-        config = run.config(overrides)
+        config = run.config(overrides, allow=allow)
+        changed = differences(complete(run.config()), complete(config)) if overrides else {}
+        for key, (old, new) in changed.items():
+            log.info("%s: %s → %s", key, old, new)
+        counting = {key: both for key, both in changed.items() if not covered(key, MAY_CHANGE)}
+        # Read before a cluster is waited for: it may be damaged.
+        begun = storage.steps(run.checkpoints) or checkpoint not in ("last", "best")
+        saved = run.checkpoint(checkpoint) if begun else None
         experiment = assemble(config, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
         with Training(experiment) as training:
-            training.restore(run, checkpoint)
+            training.restore(run, saved, counting)
             run.write_config(training.config)
+            if counting and training.outer.step:
+                log.warning("from step %d on the parameters are those of neither configuration", training.outer.step)
+                run.add_record({"kind": "change", "step": training.outer.step, "changed": counting})
             training.run(run)
     return run
 
@@ -152,13 +165,23 @@ class Training:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def restore(self, run: RunFolder, which: str) -> None:
-        """Goes back to a checkpoint of ``run``, or to the start if there is none, and drops what came after it."""
-        if storage.steps(run.checkpoints):
-            saved = run.checkpoint(which)
+    def restore(self, run: RunFolder, saved: storage.Checkpoint | None, changed: Collection[str] = ()) -> None:
+        """Goes back to a checkpoint of ``run``, or without one to the start, and drops what came after it.
+
+        ``changed`` are the keys whose values are others than those of the checkpoint, and count. Where the optimizer or
+        its options are among them, it forgets past gradients.
+        """
+        if saved is not None:
             check_constants(saved.state["constants"], self.problem)
-            self.outer.restore(saved.params, saved.tensors, saved.state["outer"])
+            anew = [key for key in changed if key.startswith("outer.")]
+            moments = not any(key.startswith(("outer.use", "outer.options")) for key in anew)
+            self.outer.restore(saved.params, saved.tensors, saved.state["outer"], settings=not anew, moments=moments)
             self.best = saved.state["best"]
+        if self.outer.step > self.config.train.steps:
+            raise ConfigError(
+                f"train.steps={self.config.train.steps} is less than the {self.outer.step} steps that are done; "
+                f"--checkpoint goes back to one of {', '.join(map(str, storage.steps(run.checkpoints)))}"
+            )
         for step in storage.steps(run.checkpoints):
             if step > self.outer.step:
                 storage.remove(run.checkpoints, step)

@@ -16,6 +16,7 @@ hypothesis.settings.register_profile(
     deadline=None,  # a busy machine is no failure
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("distmeta"), max_examples=3000)
 hypothesis.settings.load_profile("distmeta")
 
 

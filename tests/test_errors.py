@@ -61,6 +61,9 @@ TABLE = {
         "scaling.min_workers = 3 is more than scaling.num_workers = 2",
     ],
     "no equals sign": ["steps", "'steps' is not an override; give key=value"],
+    "truth for a number": ["train.steps=true", "train.steps: input should be a number; given: True"],
+    "truth for a rate": ["algorithm.inner_lr=true", "algorithm.inner_lr: input should be a number; given: True"],
+    "environment": ["name=${oc.env:HOME}", "it may refer to its own keys, as ${train.steps} does, and to nothing else"],
     "bad interpolation": ["train.steps=${no.such}", "the configuration cannot be read"],
 }
 

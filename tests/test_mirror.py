@@ -137,8 +137,9 @@ def test_a_run_lives_at_a_url(base: str, other_machine, tmp_path: Path) -> None:
     url, longer = f"{base}/first", ["train.steps=10", "evaluation.tasks=0"]
     straight = distmeta.train({}, *SETTINGS, *longer, f"run_dir={tmp_path / 'straight'}")
     trained = distmeta.train({}, *SETTINGS, "checkpoint.keep_last=1", f"run_dir={url}")
-    assert trained.config().run_dir == url == trained.address
-    with pytest.raises(RunError, match=f"{url} exists already; `distmeta resume {url}` goes on with it"):
+    shown = url.replace(":secret@", "@")
+    assert trained.config().run_dir == shown == trained.address
+    with pytest.raises(RunError, match=f"{shown} exists already; `distmeta resume {shown}` goes on with it"):
         distmeta.train({}, *SETTINGS, f"run_dir={url}")
 
     other_machine()
@@ -158,7 +159,9 @@ def test_a_run_lives_at_a_url(base: str, other_machine, tmp_path: Path) -> None:
     assert weights(third, 10) == weights(straight, 10)
     assert "test" not in third.summary()
     page = report([third])
-    assert url in page.read_text()
+    assert shown in page.read_text()
+    for file in [file for file in third.path.rglob("*") if file.is_file()]:
+        assert b"secret" not in file.read_bytes(), f"the password is in {file}"
     there = set(third.mirror._list())
     assert {"config.yaml", "metrics.jsonl", "summary.json", "report/index.html"} <= there
     assert mirror.LOCK not in there and not [name for name in there if "/." in name or name.startswith(".")]
@@ -242,11 +245,12 @@ def test_what_is_wrong_with_a_url_is_one_line(s3_server: Server) -> None:
         "nowhere://host/run": "no protocol 'nowhere' is known; give a folder, or a URL such as s3://bucket/run",
         "gs://bucket/run": "gs://bucket/run needs the package gcsfs: pip install gcsfs",
         "ftp://127.0.0.1:1/run": "ftp://127.0.0.1:1/run cannot be used: ConnectionRefusedError",
+        "ftp://me:hidden@127.0.0.1:1/run": "ftp://me@127.0.0.1:1/run cannot be used: ConnectionRefusedError",
     }
     for url, words in wrong.items():
         with pytest.raises((ConfigError, RunError), match=re.escape(words)) as caught:
             distmeta.train({}, *SETTINGS, f"run_dir={url}")
-        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value) and "hidden" not in str(caught.value)
     missing = cli("status", "s3://bucket/never")
     assert missing.returncode == 2
     assert "s3://bucket/never is not the folder of a run" in missing.stderr

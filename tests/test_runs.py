@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
+import math
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -244,8 +245,37 @@ def test_a_run_folder_is_used_once_and_by_one(trained: RunFolder, tmp_path: Path
         distmeta.resume(trained.path)
     with pytest.raises(RunError, match="not the folder of a run"):
         distmeta.resume(tmp_path)
-    with pytest.raises(ConfigError, match="would make this another run"):
-        distmeta.resume(trained.path, "algorithm.inner_lr=3")
+
+
+def test_a_changed_configuration_is_shown_and_has_to_be_allowed(trained: RunFolder, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained.path, tmp_path / "copy")
+    refused = cli("resume", copy, "outer.lr=0.5", "seed=1", "train.steps=8")
+    assert refused.returncode == 2
+    assert "outer.lr: 0.002 → 0.5" in refused.stderr and "seed: 0 → 1" in refused.stderr
+    assert "--allow outer.lr" in refused.stderr and "train.steps" not in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    for overrides, allow, message in (
+        (["run_dir=elsewhere"], ["run_dir"], "run_dir of an existing run cannot be changed"),
+        (["seed=1"], ["sead"], "--allow sead: there is no such key"),
+        (["algorithm.inner_lrr=1"], [], "algorithm.inner_lrr: unknown key; did you mean 'inner_lr'"),
+        (["train.steps=5"], [], r"train.steps=5 is less than the 6 steps that are done; --checkpoint goes back"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            distmeta.resume(copy, *overrides, allow=allow)
+    with pytest.raises(ConfigError, match=r"outer.lr: 0.002 → 3.0 would make this another run; only scaling"):
+        distmeta.evaluate(copy, "outer.lr=3")
+    assert RunFolder.open(copy).config() == trained.config(), "nothing has been written"
+
+    distmeta.resume(copy, "seed=0", "outer.lr=0.5", "train.steps=8", "train.log_every=1", allow=["outer.lr"])
+    records = RunFolder.open(copy).records()
+    assert [r["changed"] for r in records if r["kind"] == "change"] == [{"outer.lr": [0.002, 0.5]}]
+    last = next(r for r in reversed(records) if r["kind"] == "train")
+    # the schedule's arguments are those of the run (T_max 6); its rates are as if 0.5 had been the first
+    assert last["lr"] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 6)) / 2, rel=1e-6)
+    assert "changed     at step 6: outer.lr: 0.002 → 0.5" in status(RunFolder(copy))
+    distmeta.resume(copy, checkpoint="6")
+    change = next(r for r in RunFolder.open(copy).records() if r["kind"] == "change")
+    assert change["step"] == 6
 
 
 def test_two_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -286,8 +316,6 @@ def test_vectorising_is_checked_but_not_refused_for_usual_layers(tmp_path: Path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: RunFolder, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(trained.path, copy)
     text = (copy / "config.yaml").read_text()
@@ -302,10 +330,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained: RunFolder, tmp_path: 
 def test_a_damaged_checkpoint_is_found_and_the_one_before_named(
     trained: RunFolder, tmp_path: Path, damage: str
 ) -> None:
-    import shutil
-
-    copy = tmp_path / "run"
-    shutil.copytree(trained.path, copy)
+    copy = shutil.copytree(trained.path, tmp_path / "a run")
     last = copy / "checkpoints" / "step-00000006"
     meta, state = last / "meta.safetensors", last / "state.json"
     data = bytearray(meta.read_bytes())
@@ -323,33 +348,32 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_named(
     with pytest.raises(CheckpointError) as caught:
         distmeta.resume(copy)
     message = str(caught.value)
-    assert "step-00000006" in message
-    assert "format 99" in message if damage == "version" else "--checkpoint 4" in message
-    resumed = distmeta.resume(copy, checkpoint="4")
-    assert digest(resumed.path, 6) == digest(trained.path, 6)
+    said = {
+        "flip": "the checksum of meta.safetensors differs",
+        "truncate": "the checksum of meta.safetensors differs",
+        "delete": "meta.safetensors is missing",
+        "state": "the checksum of state.json differs",
+        "version": f"has format 99, written by distmeta {version('distmeta')}; this is distmeta",
+    }
+    assert said[damage] in message and "step-00000006" in message
+    command = message.split("`")[1]
+    assert command == f"distmeta resume '{copy}' --checkpoint 4"
+    assert "the one before it, of step 4, is whole" in message
+    distmeta.resume(copy, checkpoint=command.split()[-1])
+    assert digest(copy, 6) == digest(trained.path, 6)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], check=False).returncode:
-        pytest.skip("this machine does not let its root mount a file system")
-    try:
-        run = disk / "run"
-        settings = [*TINY, "train.steps=100", "evaluation.tasks=0", "validation.every=0", "train.log_every=100"]
-        settings += ["model.filters=24", "checkpoint.every=1", "checkpoint.keep_last=100", f"run_dir={run}"]
-        done = cli("train", *settings)
-        assert done.returncode == 1
-        assert "No space left on device" in done.stderr
-        assert "is whole; free some space, then resume" in done.stderr
-        assert "Traceback" not in done.stderr
-        steps = checkpoint.steps(run / "checkpoints")
-        assert len(steps) >= 1
-        assert not list((run / "checkpoints").glob(".writing-*"))
-        RunFolder.open(run).checkpoint("last")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_run_without_a_whole_checkpoint_can_begin_again(trained: RunFolder, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained.path, tmp_path / "copy")
+    for file in copy.glob("checkpoints/*/outer.safetensors"):
+        file.write_bytes(b"")
+    done = cli("resume", copy)
+    assert done.returncode == 2
+    command = done.stderr.split("`")[1].split()
+    assert command[:2] == ["distmeta", "train"] and command[-1] == "run_dir=…"
+    again = cli("train", command[2], f"run_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    assert digest(tmp_path / "again", 6) == digest(trained.path, 6)
 
 
 def test_a_failing_step_saves_the_one_before(tmp_path: Path) -> None:

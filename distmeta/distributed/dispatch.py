@@ -44,6 +44,8 @@ class Dispatch(Generic[W]):
         """When each worker came to the first shard of its queue."""
         self.tries: Counter[int] = Counter()
         """How many workers have been lost at each shard."""
+        self.again: set[int] = set()
+        """What was given to a second worker, since the first was lost or is slow."""
         self.durations: list[float] = []
 
     def next(self, workers: Collection[W]) -> tuple[W, int] | None:
@@ -72,6 +74,8 @@ class Dispatch(Generic[W]):
         if not queue:
             self.began[worker] = self.clock()
         queue.append(index)
+        if any(index in other for name, other in self.queues.items() if name != worker):
+            self.again.add(index)
         return worker, index
 
     def _is_slow(self, worker: W) -> bool:
@@ -113,6 +117,7 @@ class Dispatch(Generic[W]):
                 self.waiting.appendleft(index)
         if queue:
             self.tries[queue[0]] += 1
+            self.again.add(queue[0])
         return queue[0] if queue else None
 
     def hung(self, limit: float) -> list[W]:

@@ -258,10 +258,14 @@ class RayPool:
             busy = {worker for worker, _ in self._late.values()}
             while (given := round_.next([w for w in self._workers if w not in busy])) is not None:
                 worker, index = given
-                again = any(index in queue for other, queue in round_.queues.items() if other != worker)
-                self.duplicates += again
-                if again:
-                    log.info("%s take long: an idle worker does them as well", span(shards[index]))
+                slow = [other for other, queue in round_.queues.items() if other != worker and index in queue]
+                self.duplicates += len(slow)
+                for other in slow:
+                    log.info(
+                        "%s take long on %s: an idle worker does them as well",
+                        span(shards[index]),
+                        self._name_of(other),
+                    )
                 running[worker.run.remote(work, broadcast, shards[index], further)] = (worker, index)
             computing = bool(running or self._late)
             done, _ = ray.wait(
@@ -310,8 +314,11 @@ class RayPool:
             raise WorkerError(f"Ray failed at {span(round_.shards[index])}: {one_line(error)}") from error
         else:
             self._slowest = max(self._slowest, sum(result.seconds.values()))
+            again = index in round_.again
             if round_.done(worker, index):
                 results[index] = result
+                if again:
+                    log.info("%s have been redone", span(round_.shards[index]))
 
     def _let_go(self, ref: ray.ObjectRef, round_: Dispatch[Any]) -> None:
         """Frees a worker that has ended a shard of an earlier round, which another had done before."""
@@ -328,6 +335,11 @@ class RayPool:
     def _hung_since(self, limit: float) -> list[Any]:
         return [worker for worker, began in self._late.values() if time.monotonic() - began > limit]
 
+    def _name_of(self, worker: Any) -> str:
+        """A worker in service, for messages."""
+        state = self._workers[worker]
+        return f"{state.label} on {state.node} (process {state.process})"
+
     def _lose(self, worker: Any, round_: Dispatch[Any], why: str, remedy: str = DEAD) -> None:
         """Lets go of a worker that is lost or hangs, and starts another, without waiting for it."""
         if worker not in self._workers:
@@ -336,9 +348,10 @@ class RayPool:
         self._late = {ref: late for ref, late in self._late.items() if late[0] != worker}
         self.retries += 1
         self._gauges.lost()
-        lost = self._workers.pop(worker)
+        name = self._name_of(worker)
+        self._workers.pop(worker)
         where = span(round_.shards[at]) if at is not None else "work that another had done"
-        log.warning("%s on %s was lost at %s (%s): another worker redoes them", lost.label, lost.node, where, why)
+        log.warning("%s was lost at %s (%s): another worker redoes them", name, where, why)
         ray.kill(worker)
         self._add_worker()
         if at is not None and round_.tries[at] >= TRIES:

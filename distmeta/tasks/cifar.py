@@ -7,6 +7,8 @@ that of Oreshkin et al., "TADAM", NeurIPS 2018.
 
 from __future__ import annotations
 
+import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from distmeta.tasks.images import FewShotImages
 _SIDE = 32
 _RECORD = 2 + 3 * _SIDE * _SIDE  # superclass, class, and the red, green and blue planes
 _IMAGES = {"train.bin": 50_000, "test.bin": 10_000}  # the files of the binary version, whose split is not used here
+_UNPACKED = 256 << 20  # bytes of the archive, unpacked, at most
 _NAMES = "fine_label_names.txt"
 _FILES = {file: _RECORD * images for file, images in _IMAGES.items()} | {_NAMES: 1 << 12}  # bytes at most
 _ARCHIVE_MD5 = "03b5dce01913d631647c71ecec9e9cb8"  # as Krizhevsky's page gives it
@@ -134,16 +137,31 @@ def _from_archive(archive: Path) -> dict[str, bytes]:
     """The files out of the archive, without unpacking anything else that it may hold."""
     read: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as unpacked, tarfile.open(fileobj=_Limited(unpacked), mode="r|") as tar:
             for member in tar:
                 file = member.name.removeprefix("cifar-100-binary/")
-                if file in _FILES and member.isfile() and member.size <= _FILES[file]:
+                if file in _FILES and file not in read and member.isfile() and member.size <= _FILES[file]:
                     opened = tar.extractfile(member)
                     assert opened is not None  # it is a file
                     read[file] = opened.read()
     except _BROKEN_TAR as error:
         raise DataError(f"{archive} cannot be read: {error}; delete it to have it downloaded again") from error
     return _checked(read, archive)
+
+
+class _Limited(io.RawIOBase):
+    """What an archive unpacks to, no more than the data set can have: a bomb goes off outside of memory, and ends."""
+
+    def __init__(self, unpacked: gzip.GzipFile) -> None:
+        self._unpacked, self._left = unpacked, _UNPACKED
+
+    def read(self, size: int = -1, /) -> bytes:
+        """As of any file; all at once is never asked for."""
+        data = self._unpacked.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {_UNPACKED} bytes")
+        return data
 
 
 def _checked(read: dict[str, bytes], place: Path) -> dict[str, bytes]:

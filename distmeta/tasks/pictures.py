@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from distmeta.errors import DataError
 
 Pixels = NDArray[np.uint8]
 Fit = Literal["crop", "pad", "stretch"]
+_PIXELS = 50_000_000  # of one picture, at most
 _BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -28,6 +31,14 @@ def to_floats(pixels: Pixels) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
+@contextmanager
+def _quietly() -> Generator[None]:
+    """Without Pillow's warnings of what it does not understand: a picture can be read, or it cannot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def load_image(source: Path | bytes, label: str) -> Image.Image:
     """Decodes a picture, a file or the bytes of one, upright as its EXIF data says; messages call it ``label``.
 
@@ -35,7 +46,11 @@ def load_image(source: Path | bytes, label: str) -> Image.Image:
         DataError: there is no such file, it is not a whole image, or its pixels are neither of 8 nor of 16 bits.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with _quietly(), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            if picture.width * picture.height > _PIXELS:  # a file of some kilobytes may hold any number of them
+                raise DataError(
+                    f"{label} has {picture.width} x {picture.height} pixels, more than {_PIXELS}: make it smaller"
+                )
             picture.load()
             # the copy that a transposition makes is worth sparing where there is nothing to transpose
             upright = ImageOps.exif_transpose(picture) if picture.getexif() else picture
