@@ -63,7 +63,9 @@ class Published(FolderImages):
 
 
 def _by_folders(folder: Path) -> Files:
-    places = {ALIASES[place.name.lower()]: place for place in subfolders(folder) if place.name.lower() in ALIASES}
+    places: dict[Split, Path] = {
+        ALIASES[place.name.lower()]: place for place in subfolders(folder) if place.name.lower() in ALIASES
+    }
     return divided_files(folder, places)
 
 
