@@ -288,7 +288,8 @@ def data(
     kind = find("data", name, TASKS)
     options = load(None, [f"tasks.use={name}", *(f"tasks.{override}" for override in overrides or [])]).tasks.options
     tasks = build("tasks", kind, options, **({} if root is None else {"data_root": str(root)}))
-    tasks.prepare()
+    if callable(getattr(tasks, "prepare", None)):
+        tasks.prepare()
     if not isinstance(tasks, DataTasks):
         print(f"{name} is complete; it needs no data")
         return

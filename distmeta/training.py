@@ -334,7 +334,7 @@ class Training:
         problem.loss.module.eval()  # dropout would draw other masks
         with reproducible(problem.threads, 0):
             both = join(vectorise(problem, meta, tasks, 0).gradient)
-            one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss, step=0).gradient)
+            one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss_of(tasks[0]), step=0).gradient)
         problem.loss.module.train()
         difference = problem.layout.pack({name: both[name][0] - tensor for name, tensor in one.items()})
         error = float(np.linalg.norm(difference) / (np.linalg.norm(problem.layout.pack(one)) + 1e-12))

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from distmeta.core.algorithm import MetaAlgorithm
-from distmeta.core.loss import PureModule, uses_batch_statistics
+from distmeta.core.loss import ModuleLoss, PureModule, uses_batch_statistics
 from distmeta.core.params import Layout, split
 from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import (
     Episode,
+    Grouped,
     Judge,
     MetaParams,
     Params,
@@ -155,6 +156,7 @@ class Problem:
     device: str = "cpu"
     judge: Judge | None = None
     metric: str | None = None
+    variable_ways: bool = False
     """See `distmeta.core.types.TaskSpec`."""
     recordings: Recordings = field(default_factory=Recordings, repr=False)
 
@@ -216,6 +218,22 @@ class Problem:
                 tasks.append(self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split))
         return tasks
 
+    def loss_of(self, task: Task) -> PureModule:
+        """The loss of ``task``: of its own classes, where tasks have different numbers of them."""
+        if not (self.variable_ways and isinstance(task, Episode) and isinstance(self.loss, ModuleLoss)):
+            return self.loss
+        return self.loss.of_classes(1 + max(int(batch[-1].max()) for batch in task))
+
+    def groups(self, shards: Sequence[Shard], skipped: Container[int] = ()) -> list[tuple[str, ...]]:
+        """The groups of each task of ``shards`` that is not ``skipped``; empty where the tasks have none."""
+        indices = [i for shard in shards for i in range(shard.first, shard.first + shard.size) if i not in skipped]
+        tasks = self.tasks
+        if not isinstance(tasks, Grouped) or not indices:
+            return []
+        split, step = shards[0].split, shards[0].step
+        of = lambda index: tasks.groups(stream(self.seed, split, step, index), split)  # noqa: E731
+        return [of(index) for index in indices] if of(indices[0]) else []
+
     def name(self, shard: Shard, index: int) -> str:
         """A task, for messages."""
         return f"task {index} of step {shard.step} (split {shard.split}, seed {self.seed})"
@@ -238,9 +256,10 @@ class Problem:
         rows: list[dict[str, np.ndarray]] = []
         params: Params = {}
         judged: list[dict[str, float]] = []
-        for params, *_ in self.algorithm.trajectory(meta, task, self.loss):
+        loss = self.loss_of(task)
+        for params, *_ in self.algorithm.trajectory(meta, task, loss):
             with torch.no_grad():
-                value, metrics = self.loss(params, task.query(params))
+                value, metrics = loss(params, task.query(params))
             if not rows:
                 judged += self._judge(params, task)
             rows.append({name: m.cpu().double().numpy() for name, m in (metrics | {"loss": value}).items()})
@@ -265,10 +284,10 @@ class Problem:
         """
         *support, _ = task.support(params, 0)
         *inputs, target = task.query(params)
-        correct = 0
+        loss, correct = self.loss_of(task), 0
         for i in range(len(target)):
             batch = [torch.cat([s, x[i : i + 1]]) for s, x in zip(support, inputs, strict=True)]
-            correct += int(self.loss.predict(params, *batch)[-1].argmax() == target[i])
+            correct += int(loss.predict(params, *batch)[-1].argmax() == target[i])
         return correct / len(target)
 
     def _nearest_neighbour(self, meta: MetaParams, task: Task) -> dict[str, np.ndarray]:
