@@ -69,7 +69,7 @@ def _complete(key: str, component: Component, section: str) -> Component:
     if target is Mixture:
         parts = _parts(key, options)
         options["of"] = {
-            name: _complete(f"{key}.of.{name}", part, section).model_dump() for name, part in parts.items()
+            n: _complete(f"{key}.of.{n}", part, section).model_dump(mode="json") for n, part in parts.items()
         }
     kept = {name: value for name, value in options.items() if name in component.options or _is_plain(value)}
     return Component(use=component.use, **kept)
@@ -82,21 +82,15 @@ def _parts(key: str, options: Mapping[str, Any]) -> dict[str, Component]:
         ConfigError: One is no component.
     """
     parts: dict[str, Component] = {}
+    replaced: list[str] = []
     for name, part in options["of"].items():
         if not isinstance(part, Mapping) or "use" not in part:
             raise ConfigError(f"{key}.of.{name}: a part is a mapping such as {{use: glyphs, ways: 5}}; given: {part!r}")
         own, each = dict(cast("Mapping[str, Any]", part)), options.get("each") or {}
-        for option, value in each.items():
-            if option in own and own[option] != value:
-                log.info(
-                    "tasks.each.%s = %s takes the place of tasks.of.%s.%s = %s",
-                    option,
-                    value,
-                    name,
-                    option,
-                    own[option],
-                )
+        replaced += [f"{key}.of.{name}.{k}" for k, value in each.items() if k in own and own[k] != value]
         parts[name] = Component.model_validate(own | each)
+    if replaced:
+        log.info("%s.each takes the place of %s", key, ", ".join(replaced))
     return parts
 
 

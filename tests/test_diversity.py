@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from distmeta.core.seeds import stream
 from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.work import Shard, shards_of
 from distmeta.errors import ConfigError, DataError
+from distmeta.evaluation import by_group, evaluate_tasks, mean_ci
 from distmeta.experiment import assemble, complete
 from distmeta.explain import explain_config
+from distmeta.similarity import Similarity, similarity
 from distmeta.tasks.functions import SimpleFunction
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.navigation import Navigation
@@ -151,7 +154,7 @@ def test_settings_of_a_mixture_out_of_range(options: dict[str, Any], message: st
 def test_mistakes_in_a_configured_mixture_name_their_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         assemble(load("functions-maml", [override]))
-    with pytest.raises(ConfigError, match="tasks.of: input should be a valid dictionary"):
+    with pytest.raises(ConfigError, match=r"tasks.of: input should be a valid dictionary"):
         assemble(load({"tasks": {"use": "mixture", "of": [{"use": "glyphs"}]}}))
 
 
@@ -336,6 +339,113 @@ def test_a_run_on_mixed_ways_is_evaluated_on_fixed_ones(mixed: RunFolder) -> Non
     # a task with fewer classes than the model has outputs for: predictions are of its own
     x, y = Glyphs(ways=3).sample(stream(1), "test").support_set
     assert distmeta.adapt(mixed, (x, y)).predict(x).shape == (3, 3)
+
+
+# metrics by group
+
+
+def test_metrics_by_group_are_those_of_its_tasks_alone() -> None:
+    """Against the same evaluation of each task by itself."""
+    problem, theta = ragged(MAML(inner_lr=0.1, inner_steps=2))
+    whole = evaluate_tasks(InProcess(problem), problem, theta, "test", 20, 7)
+    named = problem.groups(shards_of("test", 0, 20, 7))
+    assert list(whole["groups"]) == ["1-shot", "2-way", "3-shot", "3-way", "5-way"]
+    singles = [problem.run("evaluate", theta, Shard("test", 0, i, 1)).metrics for i in range(20)]
+    for name, group in whole["groups"].items():
+        own = [single for single, names in zip(singles, named, strict=True) if name in names]
+        assert group["tasks"] == len(own)
+        accuracy = np.concatenate([single["accuracy"] for single in own])
+        assert group["after"] == pytest.approx(mean_ci(accuracy[:, -1]))
+        assert group["by_inner_step"]["loss"][0]["mean"] == pytest.approx(np.mean([s["loss"][0, 0] for s in own]))
+    assert sum(whole["groups"][name]["tasks"] for name in ("2-way", "3-way", "5-way")) == whole["tasks"] == 20
+
+
+def test_groups_without_the_tasks_that_were_skipped() -> None:
+    problem, _ = ragged(MAML())
+    shards = shards_of("test", 0, 6, 4)
+    everything = problem.groups(shards)
+    assert problem.groups(shards, {1, 4}) == [everything[i] for i in (0, 2, 3, 5)]
+    assert by_group({"loss": np.arange(6.0)}, everything).keys() == {name for names in everything for name in names}
+
+
+def test_a_run_reports_its_groups(mixed: RunFolder) -> None:
+    lines = mixed.records()
+    (first, *_), validations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
+    groups = first["groups"]
+    assert groups.keys() <= {f"{ways}-way {shots}-shot" for ways in (5, 10, 20) for shots in (1, 5)}
+    assert sum(group["tasks"] for group in groups.values()) == first["tasks"] == 8
+    weighted = sum(group["tasks"] * group["accuracy"]["mean"] for group in groups.values()) / 8
+    assert weighted == pytest.approx(first["accuracy"])
+    assert sum(group["tasks"] for group in validations[0]["groups"].values()) == 6
+    test = mixed.summary()["test"]
+    assert all("inductive" in group for group in test["groups"].values())
+    page = (mixed.path / "report" / "index.html").read_text("utf-8")
+    assert "glyphs 5/10/20-way 1/5-shot" in page
+    assert all(f"after adaptation, {name}" in page for name in test["groups"])
+    assert (mixed.path / "report" / "groups.png").stat().st_size > 10_000
+    said = invoke("evaluate", mixed.path, "--episodes", 4, "scaling.num_workers=0")
+    assert "accuracy by group of tasks" in said and "after, inductive" in said
+
+
+# how alike tasks are
+
+
+def test_cosines_of_gradients_and_their_intervals() -> None:
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((9, 50)) + 3.0 * np.repeat(rng.standard_normal((3, 50)), 3, 0)
+    found = similarity(7, gradients, ["b", "b", "b", "a", "a", "a", "c", "c", "c"])
+    tensor = torch.tensor(gradients)
+    expected = torch.nn.functional.cosine_similarity(tensor[:, None], tensor[None], dim=-1)
+    assert np.allclose(found.matrix, expected, atol=1e-6)
+    assert found.names == ["a", "b", "c"]
+    assert found.table()[0, 1] == pytest.approx(found.matrix[3:6, :3].mean())
+    pairs = [found.matrix[i, j] for i in range(9) for j in range(i) if i // 3 == j // 3]
+    within = found.mean(found.same)
+    assert within["mean"] == pytest.approx(np.mean(pairs)) and within["mean"] > 0.7
+    # the jackknife, by leaving out each task in turn and doing all again
+    left = [similarity(7, np.delete(gradients, i, 0), np.delete(found.groups, i)) for i in range(9)]
+    means = np.array([one.mean(one.same)["mean"] for one in left])
+    assert within["ci95"] == pytest.approx(1.96 * (8 / 9 * ((means - means.mean()) ** 2).sum()) ** 0.5, rel=1e-4)
+    assert found.gap()["mean"] == pytest.approx(within["mean"] - found.mean(~found.same)["mean"])
+
+
+@pytest.mark.parametrize(
+    ("directions", "said"),
+    [
+        ([1, 1], "no more apart than those of one"),
+        ([1, -1], "pull the parameters apart"),
+        ([0, 0], "in directions of their own, which are not opposed"),
+    ],
+)
+def test_the_reading_says_what_is_so(directions: list[int], said: str) -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.standard_normal((2, 200))
+    orthogonal = second - first * (first @ second) / (first @ first)
+    base = [first, directions[1] * first if directions[0] else orthogonal]
+    gradients = np.repeat(base, 10, 0) + rng.standard_normal((20, 200))
+    assert said in similarity(0, gradients, ["a"] * 10 + ["b"] * 10).reading()
+    assert "converged" in similarity(0, gradients, [""] * 20).reading()
+
+
+def test_diversity_of_a_run(mixed: RunFolder, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(mixed.path, tmp_path / "run"))
+    said = invoke("diversity", run.path, "--tasks", 8, "scaling.num_workers=0", "--checkpoint", "3")
+    assert said.startswith("exit 0\n8 training tasks at step 3") and "are in conflict" in said
+    found = Similarity.model_validate_json((run.path / "diversity.json").read_bytes())
+    # against gradients taken one by one
+    problem = assemble(run.config()).problem
+    saved = problem.layout.pack(run.checkpoint("3").params)
+    gradients = [problem.run("meta_gradient", saved, Shard("train", 3, i, 1)).total for i in range(8)]
+    size = sum(t.numel() for name, t in problem.layout.unpack(saved).items() if name.startswith("model."))
+    assert size == problem.layout.size  # MAML's kind learns nothing else
+    assert np.allclose(found.matrix, similarity(3, np.array(gradients, np.float64), found.groups).matrix, atol=1e-5)
+    assert found.groups == [names[0] for names in problem.groups([Shard("train", 3, 0, 8)])]
+    page = (run.path / "report" / "index.html").read_text("utf-8")
+    assert "How alike 8 training tasks are at step 3" in page and (run.path / "report" / "diversity.png").exists()
+    assert "exit 2" in (few := invoke("diversity", run.path, "--tasks", 2)) and "--tasks must be at least 3" in few
+    (run.path / "diversity.json").write_text("{")
+    assert invoke("report", run.path).startswith("exit 0")
+    assert "is damaged" in (run.path / "report" / "index.html").read_text("utf-8")
 
 
 def test_a_model_of_fixed_ways_is_evaluated_on_fewer(tmp_path: Path) -> None:
