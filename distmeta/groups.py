@@ -16,6 +16,7 @@ from distmeta.pictures import (
     blank,
     legend,
     metric_axis,
+    run_handle,
     tidy,
 )
 from distmeta.similarity import Similarity
@@ -41,9 +42,7 @@ def draw_groups(runs: Sequence[History]) -> Figure | None:
             lines = [(line.step, line.groups[name]) for line in judged[0][1].validation if name in line.groups]
             step = [at for at, _ in lines]
             mean, ci95 = (np.array([getattr(_end(g, metric)[1], part) for _, g in lines]) for part in ("mean", "ci95"))
-            panel.errorbar(
-                step, mean, ci95, color=colour, marker="o", markersize=4, linewidth=1.6, elinewidth=0.8, capsize=2
-            )
+            panel.errorbar(step, mean, ci95, color=colour, fmt="o-", markersize=4, elinewidth=0.8, capsize=2)
         panel.set_title("Validation after adaptation by group (95% CI), colours as on the right")
         panel.set_xlabel("outer steps")
         panel.set_xlim(left=0)
@@ -73,9 +72,7 @@ def draw_groups(runs: Sequence[History]) -> Figure | None:
         Line2D([], [], color="black", marker="o", linestyle="", label="after adaptation"),
     ]
     if not single:
-        handles += [
-            Line2D([], [], color=RUN_COLOURS[i % len(RUN_COLOURS)], linewidth=4, label=run.name) for i, run, _ in judged
-        ]
+        handles += [run_handle(RUN_COLOURS[i % len(RUN_COLOURS)], run.name) for i, run, _ in judged]
     legend(figure, handles)
     return figure
 
