@@ -49,7 +49,7 @@ class Ragged(Blobs):
     def spec(self) -> TaskSpec:
         return super().spec._replace(variable_ways=True)
 
-    def groups(self, rng: np.random.Generator, split: str) -> tuple[str, ...]:
+    def groups_of(self, rng: np.random.Generator, split: str) -> tuple[str, ...]:
         return (f"{rng.choice([2, 3, 5])}-way", f"{rng.choice([1, 3])}-shot")
 
     def sample(self, rng: np.random.Generator, split: str) -> Episode:
@@ -72,7 +72,7 @@ def test_a_task_of_a_mixture_is_one_of_its_part_and_a_function_of_its_stream_alo
     assert mixture.spec == TaskSpec((1,), 1, "mse")
     drawn = Counter()
     for index in range(2000):
-        (part,) = mixture.groups(stream(0, index), "train")
+        (part,) = mixture.groups_of(stream(0, index), "train")
         drawn[part] += 1
         if index < 50:
             task, again = (mixture.sample(stream(0, index), "train") for _ in range(2))
@@ -217,13 +217,13 @@ def test_episodes_of_drawn_sizes() -> None:
         (_, y), (_, target) = tasks.sample(stream(index), "test")
         ways, shots, queries = int(y.max()) + 1, int((y == 0).sum()), int((target == 0).sum())
         assert torch.bincount(y).tolist() == [shots] * ways and torch.bincount(target).tolist() == [queries] * ways
-        assert tasks.groups(stream(index), "test") == (f"{ways}-way {shots}-shot",)
+        assert tasks.groups_of(stream(index), "test") == (f"{ways}-way {shots}-shot",)
         seen.add((ways, shots, queries))
         (_, y), _ = tasks.sample(stream(index), "train")
-        assert int(y.max()) == 2 and tasks.groups(stream(index), "train") == (f"{int((y == 0).sum())}-shot",)
+        assert int(y.max()) == 2 and tasks.groups_of(stream(index), "train") == (f"{int((y == 0).sum())}-shot",)
     assert len(seen) == 8 and {s[:1] for s in seen} == {(2,), (4,)}
     fixed = Numbered(ways=2, shots=1, queries=1), Numbered(ways=(2,), shots=(1,), queries=1)
-    assert torch.equal(*(one.sample(stream(5), "val").support_set[0] for one in fixed)) and not fixed[1].groups(
+    assert torch.equal(*(one.sample(stream(5), "val").support_set[0] for one in fixed)) and not fixed[1].groups_of(
         stream(5), "val"
     )
     assert {len(Sinusoid(shots=(2, 9)).sample(stream(i), "val").support_set[0]) for i in range(20)} == {2, 9}

@@ -97,7 +97,7 @@ class Grouped(Protocol):
     A driver asks it about tasks that workers build: both draw from streams of the same name.
     """
 
-    def groups(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
         """The names of the groups of the task that ``sample(rng, split)`` draws; of a split, none for all tasks or
         some for each."""
         ...

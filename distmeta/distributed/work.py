@@ -231,7 +231,7 @@ class Problem:
         if not isinstance(tasks, Grouped) or not indices:
             return []
         split, step = shards[0].split, shards[0].step
-        of = lambda index: tasks.groups(stream(self.seed, split, step, index), split)  # noqa: E731
+        of = lambda index: tasks.groups_of(stream(self.seed, split, step, index), split)  # noqa: E731
         return [of(index) for index in indices] if of(indices[0]) else []
 
     def name(self, shard: Shard, index: int) -> str:

@@ -444,7 +444,7 @@ class FewShotClasses(DataTasks):
         """Whether any task has fewer."""
         return min(*choices(self.ways), *choices(self.train_ways or self.ways)) < self.most_ways
 
-    def groups(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
         """The task's ways and shots, as far as they are drawn: ``("5-way 1-shot",)``, or nothing."""
         ways, shots, _ = self._sizes(split)
         drawn = {"way": (draw(rng, ways), ways), "shot": (draw(rng, shots), shots)}

@@ -64,7 +64,7 @@ class FewShotFunction(ABC):
         y[:shots] += self.noise * rng.standard_normal((shots, 1))
         return Episode(_batch(x[:shots], y[:shots]), _batch(x[shots:], y[shots:]))
 
-    def groups(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
         """The task's shots, where they are drawn: ``("10-shot",)``, or nothing."""
         return (f"{draw(rng, self.shots)}-shot",) if len(set(choices(self.shots))) > 1 else ()
 

@@ -101,11 +101,11 @@ class Mixture:
         """Draws a part by the weights, and a task from it."""
         return self.of[self._draw(rng)].sample(rng, split)
 
-    def groups(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
         """The name of the task's part, and the groups within it."""
         name = self._draw(rng)
         part = self.of[name]
-        return (name, *(part.groups(rng, split) if isinstance(part, Grouped) else ()))
+        return (name, *(part.groups_of(rng, split) if isinstance(part, Grouped) else ()))
 
     def _draw(self, rng: np.random.Generator) -> str:
         return list(self.of)[int(np.searchsorted(self._bounds, rng.random(), side="right"))]
