@@ -74,6 +74,8 @@ class Similarity(BaseModel):
             return line + " Where training has converged, gradients cancel and their mean cosine is near 0."
         within, between, gap = self.mean(self.same), self.mean(~self.same), self.gap()
         line += f" Within a group {_told(within)}, between groups {_told(between)}: "
+        if not np.isfinite(gap["ci95"]):
+            return line + "too few tasks of one group to compare; ask for more with --tasks."
         if not gap["mean"] - gap["ci95"] > 0:
             return line + "tasks of different groups pull no more apart than those of one."
         if between["mean"] + between["ci95"] < 0:
@@ -92,7 +94,7 @@ def jackknife(matrix: Floats, pairs: NDArray[np.bool_]) -> tuple[float, Floats]:
     """The mean over the pairs i ≠ j that are marked, and what it is without each of the tasks; NaN without pairs."""
     pairs = pairs & ~np.eye(len(matrix), dtype=bool)
     sums, counts = (matrix * pairs).sum(1), pairs.sum(1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return float(sums.sum() / counts.sum()), (sums.sum() - 2 * sums) / (counts.sum() - 2 * counts)
 
 
@@ -100,6 +102,8 @@ def _interval(mean: float, without: Floats) -> dict[str, float]:
     """With 1.96 standard errors by the jackknife (Efron and Stein, "The jackknife estimate of variance", 1981): pairs
     that share a task are not independent."""
     n = len(without)
+    if not np.isfinite(without).all():  # a task is in all the pairs that there are
+        return {"mean": mean, "ci95": float("nan")}
     return {"mean": mean, "ci95": 1.96 * float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))}
 
 
