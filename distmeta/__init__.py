@@ -17,6 +17,7 @@ from distmeta.algorithms import (
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError, Stopped
 from distmeta.runs import RunFolder
+from distmeta.tasks.mixture import Mixture
 from distmeta.training import resume, train
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MetaAlgorithm",
     "MetaCurvature",
     "MetaSGD",
+    "Mixture",
     "ProMP",
     "ProtoMAML",
     "Reptile",

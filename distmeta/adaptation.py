@@ -22,7 +22,7 @@ from distmeta.core.types import Batch, Episode, Params, TaskDistribution
 from distmeta.distributed.work import Shard, reproducible
 from distmeta.errors import ConfigError, RunError
 from distmeta.evaluation import Evaluation, evaluate_tasks
-from distmeta.experiment import Experiment, MetaAlgorithm, assemble
+from distmeta.experiment import Experiment, MetaAlgorithm, assemble, build_part, complete
 from distmeta.outer import check_constants, check_same
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.tasks.control import ControlTask
@@ -36,27 +36,28 @@ class Adapted:
     Args:
         module: The adapted network, in evaluation mode.
         support: The inputs that it was adapted on.
+        classes: How many of the outputs are classes of the task; None: all.
     """
 
-    def __init__(self, module: nn.Module, support: tuple[Tensor, ...]) -> None:
+    def __init__(self, module: nn.Module, support: tuple[Tensor, ...], classes: int | None = None) -> None:
         self.module = module
-        self._support = support
+        self._support, self._classes = support, classes
         self._alone = not uses_batch_statistics(module)
 
     @torch.no_grad()
     def predict(self, *inputs: Tensor) -> Tensor:
-        """The network's outputs for ``inputs``, the first axis of which counts examples.
+        """The network's outputs for ``inputs``, the first axis of which counts examples; of the task's own classes.
 
         Where the network normalises by batch statistics, each example is predicted in one batch with the support set
         (inductively): a prediction then does not depend on which other examples are asked for beside it.
         """
         if self._alone:
-            return self.module(*inputs)
+            return self.module(*inputs)[..., : self._classes]
         rows = [
             self.module(*(torch.cat([s, x[i : i + 1]]) for s, x in zip(self._support, inputs, strict=True)))[-1]
             for i in range(len(inputs[0]))
         ]
-        return torch.stack(rows)
+        return torch.stack(rows)[..., : self._classes]
 
 
 def restore(run: RunFolder, experiment: Experiment, which: str) -> Params:
@@ -103,10 +104,12 @@ def _adapt(experiment: Experiment, params: Params, support: Batch) -> Adapted:
     meta = split(params)
     module = copy.deepcopy(problem.loss.module).eval()
     problem.loss.module.eval()
+    task = Episode(support, support)
+    loss = problem.loss_of(task)
     with reproducible(problem.threads, 0):
-        adapted = problem.algorithm.adapt(meta, Episode(support, support), problem.loss)
+        adapted = problem.algorithm.adapt(meta, task, loss)
     module.load_state_dict(adapted, strict=False)
-    return Adapted(module, support[:-1])
+    return Adapted(module, support[:-1], getattr(loss, "classes", None))
 
 
 def evaluate(
@@ -137,7 +140,10 @@ def evaluate(
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
     settings = run.config(overrides, may_change=("scaling", "evaluation", "data_root", "tasks", "algorithm.test_"))
-    experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
+    outputs = None  # the model stays the one that was trained, whatever the tasks
+    if tasks is None and any(override.startswith("tasks.") for override in overrides):
+        outputs = getattr(getattr(build_part(complete(run.config()), "tasks"), "spec", None), "outputs", None)
+    experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm, outputs=outputs)
     config, problem = experiment.config, experiment.problem
     count = config.evaluation.tasks if episodes is None else episodes
     if count < 2:

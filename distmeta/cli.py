@@ -1,4 +1,5 @@
-"""The command line: ``distmeta train | resume | evaluate | adapt | tune | status | replay | profile | report | …``
+"""The command line: ``distmeta train | resume | evaluate | adapt | tune | diversity | status | replay | profile |
+report | data | config``.
 
 Exit codes: 0 success, 2 the user's mistake (one clear message on standard error), 130 after a stop by signal with the
 state saved, 1 anything else.
@@ -131,10 +132,28 @@ def evaluate(
         row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
         table.add_row(str(step), *row)
     Console().print(table)
+    if "groups" in result:
+        _show_groups(result)
     for name, ends in result.get("judged", {}).items():
         print(f"{name} {show(name, ends['before'])} before adaptation, {show(name, ends['after'])} after")
     if "inductive" in result:
         print(f"inductive (no query example sees another): accuracy {show('accuracy', result['inductive'])}")
+
+
+def _show_groups(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmeta.evaluation import show
+
+    metric, inductive = result["metric"], "inductive" in result
+    table = Table("group", title=f"{metric} by group of tasks", title_justify="left")
+    for heading in ("tasks", "before", "after", *(["after, inductive"] if inductive else [])):
+        table.add_column(heading, justify="right")
+    for name, group in result["groups"].items():
+        figures = [group[key] for key in ("before", "after", *(["inductive"] if inductive else []))]
+        table.add_row(name, str(group["tasks"]), *(show(metric, figure) for figure in figures))
+    Console().print(table)
 
 
 @command
@@ -223,6 +242,31 @@ def tune(
         from distmeta.tune.run import search as run_search
 
         run_search(search, *(overrides or []))
+
+
+@command
+def diversity(
+    run: Run,
+    overrides: Overrides = None,
+    tasks: Annotated[int, typer.Option(help="Training tasks to compare in pairs.")] = 64,
+    checkpoint: Which = "best",
+) -> None:
+    """Says how much the tasks of a run differ: the cosines of their meta-gradients, within and between groups."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmeta.diversity import diversity as compare
+    from distmeta.similarity import FORMULA
+
+    found = compare(run, *(overrides or []), tasks_compared=tasks, checkpoint=checkpoint)
+    print(f"{len(found.groups)} training tasks at step {found.step}; mean {FORMULA}")
+    if len(found.names) > 1:
+        table = Table("", *found.names)
+        for name, row in zip(found.names, found.table(), strict=True):
+            table.add_row(name, *("–" if value != value else f"{value:+.2f}" for value in row))
+        Console().print(table)
+    print(found.reading())
+    print("kept in diversity.json of the run, and drawn in its report")
 
 
 @command
@@ -321,7 +365,8 @@ def data(
     kind = find("data", name, TASKS)
     options = load(None, [f"tasks.use={name}", *(f"tasks.{override}" for override in overrides or [])]).tasks.options
     tasks = build("tasks", kind, options, **({} if root is None else {"data_root": str(root)}))
-    tasks.prepare()
+    if callable(getattr(tasks, "prepare", None)):
+        tasks.prepare()
     if not isinstance(tasks, DataTasks):
         print(f"{name} is complete; it needs no data")
         return

@@ -76,11 +76,12 @@ def adapt_first(run: RunFolder, experiment: Experiment) -> Adaptation:
     (support_x, support_y), (query_x, query_y) = task
     outputs: list[Tensor] = []
     losses: list[float] = []
+    loss = problem.loss_of(task)
     with reproducible(problem.threads, 0):
-        for step in problem.algorithm.trajectory(meta, task, problem.loss):
+        for step in problem.algorithm.trajectory(meta, task, loss):
             with torch.no_grad():
-                outputs.append(problem.loss.predict(step.params, query_x))
-                losses.append(float(problem.loss(step.params, task.query_set)[0]))
+                outputs.append(loss.predict(step.params, query_x))
+                losses.append(float(loss(step.params, task.query_set)[0]))
     kind = _kind(query_x, query_y, outputs[-1])
     return Adaptation(kind, support_x, support_y, query_x, query_y, outputs, losses)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ log = logging.getLogger("distmeta")
 
 SHARES = ("accuracy", "success")
 """Metrics that are shares of 1, for people in percent."""
+
+INDUCTIVE = "accuracy_inductive"
+MOST_TOLD = 8  # groups that a line for people tells one by one
 
 Evaluation = dict[str, Any]
 """Plain data, as it is written to ``summary.json`` (see `evaluate_tasks`)."""
@@ -40,8 +45,11 @@ def evaluate_tasks(
         tasks have a judge, ``judged``: for each of its metrics ``before`` and ``after``; and, for classifiers that
         normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
         (``transductive`` then says that the other figures are not of that kind).
+        Where tasks fall into groups (see `distmeta.core.types.Grouped`), ``groups`` holds, by the name of each, the
+        number of its ``tasks`` and the same figures of these alone.
     """
-    results = executor.map("evaluate", vector, shards_of(split, 0, tasks, shard_size))
+    shards = shards_of(split, 0, tasks, shard_size)
+    results = executor.map("evaluate", vector, shards)
     metrics = gather(results)
     skipped = {index: why for result in results for index, why in result.skipped.items()}
     why = next(iter(skipped.values()), "")
@@ -55,25 +63,48 @@ def evaluate_tasks(
             "%d of %d %s tasks have a loss that is not finite: their adaptation diverges; lower algorithm.inner_lr",
             diverged, tasks, split,
         )  # fmt: skip
-    inductive = metrics.pop("accuracy_inductive", None)
-    curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items()}
-    judged = {name.removeprefix(JUDGED): curves.pop(name) for name in metrics if name.startswith(JUDGED)}
-    metric = problem.metric or ("accuracy" if "accuracy" in curves else "loss")
-    ends = judged.get(metric) or curves[metric]
+    metric = problem.metric or ("accuracy" if "accuracy" in metrics else "loss")
     evaluation: Evaluation = {
         "split": split,
         "tasks": tasks - len(skipped),
         "metric": metric,
         "transductive": uses_batch_statistics(problem.loss.module),
-        "before": ends[0],
-        "after": ends[-1],
-        "by_inner_step": curves,
+        **_figures(metrics, metric),
     }
-    if judged:
-        evaluation["judged"] = {name: {"before": first, "after": last} for name, (first, last) in judged.items()}
-    if inductive is not None:
-        evaluation["inductive"] = mean_ci(inductive)
+    groups = by_group(metrics, problem.groups(shards, skipped))
+    if groups:
+        evaluation["groups"] = {
+            name: {"tasks": len(own["loss"]), **_figures(own, metric)} for name, own in groups.items()
+        }
     return evaluation
+
+
+def _figures(metrics: Mapping[str, np.ndarray], metric: str) -> Evaluation:
+    """The figures of some tasks, from arrays whose first axis counts them."""
+    curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items() if name != INDUCTIVE}
+    judged = {name.removeprefix(JUDGED): curves.pop(name) for name in metrics if name.startswith(JUDGED)}
+    ends = judged.get(metric) or curves[metric]
+    figures: Evaluation = {"before": ends[0], "after": ends[-1], "by_inner_step": curves}
+    if judged:
+        figures["judged"] = {name: {"before": first, "after": last} for name, (first, last) in judged.items()}
+    if INDUCTIVE in metrics:
+        figures["inductive"] = mean_ci(metrics[INDUCTIVE])
+    return figures
+
+
+def by_group(metrics: Mapping[str, np.ndarray], groups: Sequence[tuple[str, ...]]) -> dict[str, dict[str, np.ndarray]]:
+    """The metrics of the tasks of each group; a task may be in several, ``groups`` says in which.
+
+    Names are in alphabetical order, those that begin with a number behind the others, in the order of the numbers.
+    """
+    names = {name for names in groups for name in names}
+    order = sorted(names, key=lambda name: [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in _parts(name)])
+    chosen = {name: np.array([name in own for own in groups]) for name in order}
+    return {name: {metric: values[mask] for metric, values in metrics.items()} for name, mask in chosen.items()}
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split(r"(\d+)", name) if part]
 
 
 def nearest_neighbour(
@@ -117,7 +148,14 @@ def describe(evaluation: Evaluation) -> str:
         line += " (transductive)"
     if "inductive" in evaluation:
         line += f", {show(metric, evaluation['inductive'])} (inductive)"
-    return line
+    groups = evaluation.get("groups", {})
+    if len(groups) > MOST_TOLD:
+        values = {name: group["after"]["mean"] for name, group in groups.items()}
+        low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        ends = f"{low} {show(metric, groups[low]['after'])} to {high} {show(metric, groups[high]['after'])}"
+        return f"{line}; of {len(groups)} groups, {ends}"
+    told = ", ".join(f"{name} {show(metric, group['after'])}" for name, group in groups.items())
+    return f"{line}; {told}" if told else line
 
 
 def show(metric: str, value: dict[str, float]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ from distmeta.distributed.work import Problem
 from distmeta.errors import ConfigError
 from distmeta.models import MODELS
 from distmeta.tasks import TASKS
+from distmeta.tasks.mixture import Mixture, naming
+
+log = logging.getLogger("distmeta")
 
 _OBJECT = "python:"  # marks a part that was given as a Python object and cannot be built from the configuration
 _SUPPLIED = {
@@ -54,11 +58,40 @@ def complete(config: Config) -> Config:
     for section in ("tasks", "model", "algorithm"):
         component: Component = getattr(config, section)
         if not component.use.startswith(_OBJECT):
-            target = find(f"{section}.use", component.use, REGISTRIES[section])
-            options = options_of(section, target, component.options, _SUPPLIED[section])
-            kept = {key: value for key, value in options.items() if key in component.options or _is_plain(value)}
-            update[section] = Component(use=component.use, **kept)
+            update[section] = _complete(section, component, section)
     return config.model_copy(update=update)
+
+
+def _complete(key: str, component: Component, section: str) -> Component:
+    """One component with its defaults, and where it is a mixture those of its parts."""
+    target = find(f"{key}.use", component.use, REGISTRIES[section])
+    options = options_of(key, target, component.options, _SUPPLIED[section])
+    if target is Mixture:
+        parts = _parts(key, options)
+        options["of"] = {
+            n: _complete(f"{key}.of.{n}", part, section).model_dump(mode="json") for n, part in parts.items()
+        }
+    kept = {name: value for name, value in options.items() if name in component.options or _is_plain(value)}
+    return Component(use=component.use, **kept)
+
+
+def _parts(key: str, options: Mapping[str, Any]) -> dict[str, Component]:
+    """The parts of a mixture, each with what is set in all of them.
+
+    Raises:
+        ConfigError: One is no component.
+    """
+    parts: dict[str, Component] = {}
+    replaced: list[str] = []
+    for name, part in options["of"].items():
+        if not isinstance(part, Mapping) or "use" not in part:
+            raise ConfigError(f"{key}.of.{name}: a part is a mapping such as {{use: glyphs, ways: 5}}; given: {part!r}")
+        own, each = dict(cast("Mapping[str, Any]", part)), options.get("each") or {}
+        replaced += [f"{key}.of.{name}.{k}" for k, value in each.items() if k in own and own[k] != value]
+        parts[name] = Component.model_validate(own | each)
+    if replaced:
+        log.info("%s.each takes the place of %s", key, ", ".join(replaced))
+    return parts
 
 
 def assemble(
@@ -68,11 +101,13 @@ def assemble(
     loss: Criterion | None = None,
     tasks: TaskDistribution | None = None,
     algorithm: MetaAlgorithm | None = None,
+    outputs: int | None = None,
     prepare: bool = True,
 ) -> Experiment:
     """Builds what ``config`` names; an object that is given takes the place of its section.
 
-    Without ``prepare`` the data are not read, downloaded or checked: no task can be sampled.
+    ``outputs`` are those of a classifier that was trained on other tasks, of as many classes or fewer. Without
+    ``prepare`` the data are not read, downloaded or checked: no task can be sampled.
 
     Raises:
         ConfigError: A part is unknown, refuses its options or does not fit the others.
@@ -88,7 +123,7 @@ def assemble(
         raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
     if prepare and callable(getattr(tasks, "prepare", None)):
         cast(Any, tasks).prepare()
-    spec = getattr(tasks, "spec", None)
+    spec = _of_outputs(getattr(tasks, "spec", None), outputs)
     chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
     module_loss = _loss(config, model or _model(config, spec), loss, spec, chosen)
     if isinstance(module_loss, PolicyLoss):
@@ -106,6 +141,7 @@ def assemble(
         device="cuda" if config.scaling.use_gpu else "cpu",
         judge=None if spec is None else spec.judge,
         metric=None if spec is None else spec.metric,
+        variable_ways=spec is not None and spec.variable_ways,
     )
     return Experiment(config, problem, initial)
 
@@ -116,8 +152,31 @@ def build_part(config: Config, section: str, **given: Any) -> Any:
     if component.use.startswith(_OBJECT):
         name = component.use.removeprefix(_OBJECT)
         raise ConfigError(f"{section} of this run was the Python object {name}; give it again with {section}=…")
-    target = find(f"{section}.use", component.use, REGISTRIES[section])
-    return build(section, target, component.options, **given)
+    return _build(section, component, section, given)
+
+
+def _build(key: str, component: Component, section: str, given: Mapping[str, Any]) -> Any:
+    target = find(f"{key}.use", component.use, REGISTRIES[section])
+    options = component.options
+    if target is Mixture:
+        built: dict[str, Any] = {}
+        for name, part in _parts(key, options).items():
+            with naming(f"{key}.of.{name}"):
+                built[name] = _build(f"{key}.of.{name}", part, section, given)
+        options |= {"of": built, "each": None}
+    return build(key, target, options, **given)
+
+
+def _of_outputs(spec: TaskSpec | None, outputs: int | None) -> TaskSpec | None:
+    """What the tasks need of a model that has so many outputs."""
+    if spec is None or outputs in (None, spec.outputs) or spec.loss != "cross_entropy":
+        return spec
+    if outputs < spec.outputs:
+        raise ConfigError(
+            f"the model was trained to tell {outputs} classes apart, fewer than the {spec.outputs} of a task: lower "
+            "tasks.ways"
+        )
+    return spec._replace(outputs=outputs, variable_ways=True)
 
 
 def _is_plain(value: object) -> bool:

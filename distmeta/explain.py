@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from distmeta.components import Component, documentation, find
 from distmeta.config import Config
 from distmeta.experiment import REGISTRIES, complete
+from distmeta.tasks.mixture import Mixture
 
 
 def explain_config(config: Config) -> str:
@@ -26,8 +27,7 @@ def _lines(section: BaseModel, indent: str) -> list[str]:
             target = find(f"{key}.use", value.use, REGISTRIES[key])
             known = ", ".join(sorted(REGISTRIES[key]))
             lines += ["", f"{indent}{key}:  # {doc}", f"{indent}  use: {value.use}  # {known}, or package.module:Name"]
-            docs = documentation(target)
-            lines += [_line(f"{indent}  ", name, option, docs.get(name, "")) for name, option in value.options.items()]
+            lines += _options(value, target, key, indent + "  ")
         elif isinstance(value, Component):
             lines.append(_line(indent, key, value.model_dump(mode="json"), doc))
         elif isinstance(value, BaseModel):
@@ -35,6 +35,24 @@ def _lines(section: BaseModel, indent: str) -> list[str]:
             lines += ["", f"{indent}{key}:  # {summary}", *_lines(value, indent + "  ")]
         else:
             lines.append(_line(indent, key, value, doc))
+    return lines
+
+
+def _options(component: Component, target: Any, section: str, indent: str) -> list[str]:
+    """The options of a component, the parts of a mixture each with its own."""
+    lines: list[str] = []
+    docs = documentation(target)
+    for name, option in component.options.items():
+        if target is Mixture and name == "of":
+            lines.append(f"{indent}of:  # {docs[name]}")
+            for part, settings in option.items():
+                inner = Component.model_validate(settings)
+                lines += [f"{indent}  {part}:", f"{indent}    use: {inner.use}"]
+                lines += _options(
+                    inner, find(f"{section}.of.{part}.use", inner.use, REGISTRIES[section]), section, indent + "    "
+                )
+        else:
+            lines.append(_line(indent, name, option, docs.get(name, "")))
     return lines
 
 

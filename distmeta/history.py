@@ -29,18 +29,22 @@ class Ends(BaseModel):
     after: Interval
 
 
-class Scores(BaseModel):
-    """An evaluation (see `distmeta.evaluation.evaluate_tasks`)."""
+class GroupScores(Ends):
+    """The figures of some of an evaluation's tasks (see `distmeta.evaluation.evaluate_tasks`)."""
 
-    split: Split
     tasks: int
-    metric: str
-    transductive: bool
-    before: Interval
-    after: Interval
     by_inner_step: dict[str, Annotated[list[Interval], Field(min_length=1)]]
     judged: dict[str, Ends] = {}
     inductive: Interval | None = None
+
+
+class Scores(GroupScores):
+    """An evaluation."""
+
+    split: Split
+    metric: str
+    transductive: bool
+    groups: dict[str, GroupScores] = {}
 
     def points(self, metric: str) -> list[tuple[int, Interval]]:
         """Where the metric is known: the inner steps and its mean and interval there."""
@@ -62,6 +66,7 @@ class TrainLine(BaseModel):
     retries: int = 0
     duplicates: int = 0
     skipped: list[dict[str, Any]] = []
+    groups: dict[str, dict[str, Interval | int]] = {}
     seconds: dict[str, float]
 
     def value(self, metric: str) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from distmeta.evaluation import Evaluation
+from distmeta.evaluation import Evaluation, mean_ci
 from distmeta.runs import RunFolder, storage_errors
 
 
@@ -21,7 +21,9 @@ class MetricsLog:
     ``tasks_per_second`` and the seconds of each part: ``map`` (waiting for the shards), ``reduce``, ``outer``,
     ``validation``, ``checkpoint`` (copying the state, which is then written aside) on the driver, and ``sample`` and
     ``adapt`` summed over workers. Where tasks were skipped, ``skipped`` lists their ``step`` (from 0), ``task`` (the
-    index in the meta-batch) and the reason ``why``. A line of kind ``val`` holds an evaluation.
+    index in the meta-batch) and the reason ``why``. Where tasks fall into groups, ``groups`` holds for each the number
+    of its ``tasks``, and mean and interval over them of the algorithm's metrics. A line of kind ``val`` holds an
+    evaluation.
     """
 
     def __init__(self, run: RunFolder, step: int) -> None:
@@ -31,6 +33,7 @@ class MetricsLog:
         self._tasks = 0
         self._retries, self._duplicates = 0, 0
         self._skipped: list[dict[str, Any]] = []
+        self._groups: dict[str, dict[str, list[float]]] = {}
         self._step = step
 
     def __enter__(self) -> Self:
@@ -59,6 +62,12 @@ class MetricsLog:
         self._rows.append(dict(metrics))
         self._seconds.append(dict(seconds))
 
+    def group(self, name: str, metrics: Mapping[str, np.ndarray]) -> None:
+        """Takes in the metrics of the tasks of one group of an outer step."""
+        kept = self._groups.setdefault(name, {})
+        for metric, values in metrics.items():
+            kept.setdefault(metric, []).extend(values.tolist())
+
     def skip(self, step: int, task: int, why: str) -> None:
         """Takes in that a task was left out of outer step ``step``."""
         self._skipped.append({"step": step, "task": task, "why": why})
@@ -76,17 +85,29 @@ class MetricsLog:
         record["duplicates"] = self._duplicates
         if self._skipped:
             record["skipped"] = self._skipped
+        if self._groups:
+            record["groups"] = {name: self._group(name, kept) for name, kept in self._groups.items()}
         if self.run.mirror is not None:
             record["upload_failures"] = self.run.mirror.failures
         self._write(record | {"seconds": spent})
         for name, value in (means | {"tasks_per_second": record["tasks_per_second"]}).items():
             self._board.add_scalar(f"train/{name}", value, self._step)
-        self._rows, self._seconds, self._tasks, self._skipped = [], [], 0, []
+        self._rows, self._seconds, self._tasks, self._skipped, self._groups = [], [], 0, [], {}
+
+    def _group(self, name: str, kept: Mapping[str, list[float]]) -> dict[str, Any]:
+        """What the line of a stretch says of one group."""
+        figures = {metric: mean_ci(np.array(values)) for metric, values in kept.items()}
+        for metric, figure in figures.items():
+            self._board.add_scalar(f"train {metric}/{name}", figure["mean"], self._step)
+        return {"tasks": len(kept["loss"])} | figures
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
         """Writes the line of a validation."""
         self._write({"kind": "val", "step": step} | evaluation)
-        self._board.add_scalar(f"val/{evaluation['metric']}", evaluation["after"]["mean"], step)
+        metric = evaluation["metric"]
+        self._board.add_scalar(f"val/{metric}", evaluation["after"]["mean"], step)
+        for name, group in evaluation.get("groups", {}).items():
+            self._board.add_scalar(f"val {metric}/{name}", group["after"]["mean"], step)
 
     def _write(self, record: dict[str, Any]) -> None:
         with storage_errors(self.run.path):

@@ -84,7 +84,7 @@ def learning_curve(runs: Sequence[History]) -> Figure | None:
         panel.set_title(f"{metric.capitalize()} over meta-training")
         panel.set_xlabel("outer steps")
         panel.set_xlim(left=0)
-        _metric_axis(panel, metric, f"{metric} (mean over tasks)")
+        metric_axis(panel, metric, f"{metric} (mean over tasks)")
         if metric == "loss" and positive and max(positive) > 20 * min(positive):
             panel.set_yscale("log")
     labels = {
@@ -98,7 +98,7 @@ def learning_curve(runs: Sequence[History]) -> Figure | None:
         for kind in drawn
     ]
     if len(runs) > 1:
-        kinds += [_run_handle(_colour(i), run.name) for i, run in enumerate(runs)]
+        kinds += [run_handle(_colour(i), run.name) for i, run in enumerate(runs)]
     legend(figure, kinds, columns=3 if len(metrics) > 1 else 2)
     return figure
 
@@ -183,7 +183,7 @@ def inner_steps(runs: Sequence[History]) -> Figure | None:
                 drawn.add(NEIGHBOUR)
         panel.set_title(f"{metric.capitalize()} on {of} by inner step (95% CI)")
         _inner_axis(panel, most)
-        _metric_axis(panel, metric, f"{metric} on query examples")
+        metric_axis(panel, metric, f"{metric} on query examples")
     handles = [
         Line2D([], [], color="black" if not single else BLUE if base == TRAINED else GREY, label=base, **style)
         for base, style in BASES.items()
@@ -191,7 +191,7 @@ def inner_steps(runs: Sequence[History]) -> Figure | None:
     ]
     if not single:
         handles += [
-            _run_handle(colour, f"{run.name} ({_sample(run, scores)})") for colour, run, scores in judged if scores
+            run_handle(colour, f"{run.name} ({_sample(run, scores)})") for colour, run, scores in judged if scores
         ]
     legend(figure, handles, columns=3 if single or len(metrics) > 1 else 2)
     return figure
@@ -295,10 +295,11 @@ def tidy(panel: Axes) -> None:
         panel.spines[side].set_visible(False)
 
 
-def _metric_axis(panel: Axes, metric: str, label: str) -> None:
+def metric_axis(panel: Axes, metric: str, label: str, horizontal: bool = False) -> None:
+    """The axis of a metric: shares of 1 in percent."""
     if metric in SHARES:
-        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-    panel.set_ylabel(label)
+        (panel.xaxis if horizontal else panel.yaxis).set_major_formatter(PercentFormatter(1.0))
+    (panel.set_xlabel if horizontal else panel.set_ylabel)(label)
     tidy(panel)
 
 
@@ -307,7 +308,7 @@ def legend(figure: Figure, handles: Sequence[Artist], columns: int = 3) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _run_handle(colour: str, label: str) -> Line2D:
+def run_handle(colour: str, label: str) -> Line2D:
     """A legend entry for the colour of a run."""
     return Line2D([], [], color=colour, linewidth=4, label=_plain(label))
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from distmeta.config import Config
+from distmeta.evaluation import MOST_TOLD
 
 EVERY = 15.0  # seconds between lines where there is no terminal
 
@@ -35,6 +36,7 @@ class Progress:
         self._rate = 0.0
         self._last: float | None = None
         self._smooth: dict[str, float] = {}
+        self._groups: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -47,16 +49,19 @@ class Progress:
         """Prints a line above the bar."""
         self.console.print(text, markup=False)
 
-    def advance(self, step: int, tasks: int, metrics: Mapping[str, float]) -> None:
-        """Shows that ``step`` steps are done."""
+    def advance(self, step: int, tasks: int, metrics: Mapping[str, float], groups: Mapping[str, float]) -> None:
+        """Shows that ``step`` steps are done: the means over tasks, and one metric's over those of each group."""
         now = time.monotonic()
         if self._last is not None:
             rate = tasks / (now - self._last)
             self._rate = rate if not self._rate else 0.95 * self._rate + 0.05 * rate
         self._last = now
-        for name, value in metrics.items():
-            self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
+        for kept, values in ((self._smooth, metrics), (self._groups, groups)):
+            for name, value in values.items():
+                kept[name] = 0.9 * kept.get(name, value) + 0.1 * value
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
+        if self._groups and len(self._groups) <= MOST_TOLD:
+            shown += " (" + ", ".join(f"{name} {value:.3f}" for name, value in sorted(self._groups.items())) + ")"
         text = f"{self._rate:.0f} tasks/s  {shown}"
         self._bar.update(self._task, completed=step, metrics=text)
         if self._bar.disable and now - self._said > EVERY:

@@ -86,20 +86,21 @@ def _look(problem: Problem, outer: OuterLoop, task: int, rerun: int) -> Replay:
     (shard,) = [one._replace(first=task) for one in shards_of("train", outer.step, 1, 1)]
     (chosen,) = (to_device(one, problem.device) for one in problem.build(shard))
     problem.loss.module.to(problem.device).train()
+    loss = problem.loss_of(chosen)
     meta = split(problem.layout.unpack(outer.vector(), problem.device))
     rows: list[dict[str, float]] = []
     gradients: dict[str, float] = {}
     failure: str | None = None
     with reproducible(problem.threads, 0):
         try:
-            for at in problem.algorithm.trajectory(meta, chosen, problem.loss):
+            for at in problem.algorithm.trajectory(meta, chosen, loss):
                 with torch.no_grad():
                     moved = [(at.params[name] - tensor).square().sum() for name, tensor in meta.model.items()]
                     row = {"change": float(torch.stack(moved).sum().sqrt())}
                     rows.append(row | ({} if at.loss is None else {"support loss": float(at.loss)}))
-                    value, metrics = problem.loss(at.params, chosen.query(at.params))
+                    value, metrics = loss(at.params, chosen.query(at.params))
                 rows[-1] |= {"query loss": float(value)} | {f"query {name}": float(m) for name, m in metrics.items()}
-            result = problem.algorithm.meta_gradient(meta, chosen, problem.loss, step=outer.step)
+            result = problem.algorithm.meta_gradient(meta, chosen, loss, step=outer.step)
             gradients = {name: float(tensor.norm()) for name, tensor in join(result.gradient).items()}
         except DistmetaError as error:
             failure = one_line(error)

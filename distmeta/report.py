@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distmeta import episode, history, paths, pictures
-from distmeta.errors import DistmetaError
+from distmeta.errors import DistmetaError, one_line
 from distmeta.evaluation import show, show_value
 from distmeta.experiment import Experiment, assemble
+from distmeta.groups import draw_groups, draw_similarity
 from distmeta.history import History, Interval, Scores
 from distmeta.metrics import MetricsLog
 from distmeta.page import Picture, folded, note, table, write_page
 from distmeta.runs import RunFolder, describe
+from distmeta.similarity import FORMULA, Similarity
 from distmeta.tasks.control import Control
 
+DIVERSITY = "diversity.json"
+"""The file of a run's folder that `distmeta.diversity` writes."""
 EXPLANATION = (
     "± is the half-width of the 95% confidence interval of the mean over tasks. Transductive: the query examples are "
     "classified in one batch and normalised by its statistics, so each prediction profits from the others; inductive: "
@@ -60,6 +64,8 @@ def report(runs: Sequence[RunFolder], out: Path | None = None, experiment: Exper
             "neither a test nor a validation yet",
         ),
         *([_episode(single, experiment)] if single else []),
+        *_groups(histories),
+        *(_diversity(single) if single else []),
         Picture(
             "throughput",
             "Tasks a second, and what the time of outer steps went to.",
@@ -102,6 +108,30 @@ def status(run: RunFolder) -> str:
     return "\n".join(lines)
 
 
+def _groups(histories: Sequence[History]) -> list[Picture]:
+    """Metrics by group of tasks, where there are groups."""
+    figure = draw_groups(histories)
+    caption = "Unseen tasks by group: the parts of a mixture, and the sizes of tasks where they are drawn."
+    return [] if figure is None else [Picture("groups", caption, figure, "")]
+
+
+def _diversity(run: History) -> list[Picture]:
+    """What ``distmeta diversity`` has found, if it has been asked."""
+    path = run.run.path / DIVERSITY
+    if not path.exists():
+        return []
+    try:
+        found = Similarity.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return [
+            Picture(
+                "diversity", "", None, f"{path} is damaged ({one_line(error)}); `distmeta diversity` writes it again"
+            )
+        ]
+    caption = f"How alike {len(found.groups)} training tasks are at step {found.step}: {FORMULA}. {found.reading()}"
+    return [Picture("diversity", caption, draw_similarity(found), "")]
+
+
 def _episode(run: History, experiment: Experiment | None) -> Picture:
     """The first test task, adapted to; left out with the reason where it cannot be built here."""
     figure, missing = None, ""
@@ -124,7 +154,8 @@ def _episode(run: History, experiment: Experiment | None) -> Picture:
 def _table(histories: Sequence[History]) -> str:
     """A column for each run; rows that say nothing of any run are left out."""
     columns = [_cells(run) for run in histories]
-    rows = [[heading, *(column[heading] for column in columns)] for heading in columns[0]]
+    headings = dict.fromkeys(heading for column in columns for heading in column)
+    rows = [[heading, *(column.get(heading, "") for column in columns)] for heading in headings]
     return table(["", *(run.name for run in histories)], [row for row in rows if any(row[1:])])
 
 
@@ -136,7 +167,9 @@ def _cells(run: History) -> dict[str, str]:
     neighbour = summary.nearest_neighbour if summary else None
     validation = run.validation[-1] if run.validation else None
     state = "finished" if summary else "unfinished" if run.train or run.validation else "unfinished, no metrics yet"
-    sizes = [f"{options[key]}-{word}" for key, word in (("ways", "way"), ("shots", "shot")) if key in options]
+    sizes = [_size(options[key], word) for key, word in (("ways", "way"), ("shots", "shot")) if key in options]
+    if "of" in options:
+        sizes = ["of", ", ".join(options["of"])]
     kind = f" ({'transductive' if test.transductive else 'inductive'})" if test and test.metric == "accuracy" else ""
     return {
         "state": state,
@@ -149,6 +182,7 @@ def _cells(run: History) -> dict[str, str]:
         "before adaptation": _interval(test, "before"),
         "after adaptation": _interval(test, "after") + kind,
         "after adaptation, inductive": _interval(test, "inductive"),
+        **{f"after adaptation, {name}": _group(test, name) for name in (test.groups if test else ())},
         "untrained model, after adaptation": _interval(untrained, "after"),
         "nearest neighbour on raw inputs": show("accuracy", neighbour.model_dump()) if neighbour else "",
         "last validation": f"{validation.metric} {_interval(validation, 'after')}" if validation else "",
@@ -159,6 +193,15 @@ def _cells(run: History) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) if summary else "",
         "folder": run.run.address,
     }
+
+
+def _size(sizes: Any, word: str) -> str:
+    """``5-way``, or ``5/20-way`` where sizes are drawn."""
+    return f"{'/'.join(map(str, sizes)) if isinstance(sizes, list | tuple) else sizes}-{word}"
+
+
+def _group(scores: Scores | None, name: str) -> str:
+    return show(scores.metric, scores.groups[name].after.model_dump()) if scores else ""
 
 
 def _interval(scores: Scores | None, when: Literal["before", "after", "inductive"]) -> str:

@@ -25,7 +25,7 @@ from distmeta.distributed.executor import Executor, InProcess, MetaBatch, gather
 from distmeta.distributed.passes import vectorise
 from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError, Stopped
-from distmeta.evaluation import Evaluation, better, describe, evaluate_tasks, nearest_neighbour, show
+from distmeta.evaluation import Evaluation, better, by_group, describe, evaluate_tasks, nearest_neighbour, show
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble, complete
 from distmeta.metrics import MetricsLog
 from distmeta.outer import OuterLoop, check_constants
@@ -268,7 +268,11 @@ class Training:
         for index, reason in (batch.skipped | skipped).items():
             log.warning("task %d of step %d is skipped: %s", index, outer.step - 1, reason)
             metrics.skip(outer.step - 1, index, reason)
-        means = {name: float(np.mean(values)) for name, values in gather(results).items()}
+        values = gather(results)
+        means = {name: float(np.mean(of_tasks)) for name, of_tasks in values.items()}
+        groups = by_group(values, self.problem.groups(shards, skipped))
+        for name, own in groups.items():
+            metrics.group(name, own)
         evaluation = None
         if config.validation.every and outer.step % config.validation.every == 0:
             try:
@@ -287,7 +291,9 @@ class Training:
             self._save(run, metrics)
         elif outer.step % settings.log_every == 0:
             metrics.flush()
-        progress.advance(outer.step, settings.meta_batch_size, means)
+        shown = "accuracy" if "accuracy" in means else "loss"
+        told = {name: float(np.mean(own[shown])) for name, own in groups.items()}
+        progress.advance(outer.step, settings.meta_batch_size, means, told)
         return evaluation
 
     def _save(self, run: RunFolder, metrics: MetricsLog) -> None:
@@ -357,7 +363,7 @@ class Training:
         problem.loss.module.eval()  # dropout would draw other masks
         with reproducible(problem.threads, 0):
             both = join(vectorise(problem, meta, tasks, 0).gradient)
-            one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss, step=0).gradient)
+            one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss_of(tasks[0]), step=0).gradient)
         problem.loss.module.train()
         difference = problem.layout.pack({name: both[name][0] - tensor for name, tensor in one.items()})
         error = float(np.linalg.norm(difference) / (np.linalg.norm(problem.layout.pack(one)) + 1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -122,6 +123,18 @@ class ModuleLoss(PureModule):
     def __init__(self, module: nn.Module, criterion: Criterion) -> None:
         super().__init__(module)
         self.criterion = criterion
+        self.classes: int | None = None
+
+    def of_classes(self, classes: int) -> ModuleLoss:
+        """The loss of a task of so many classes: the outputs beyond them are left out."""
+        own = copy.copy(self)
+        own.classes = classes
+        return own
+
+    def predict(self, params: Params, *inputs: Tensor) -> Tensor:
+        """f_theta(x), of the task's own classes."""
+        output = super().predict(params, *inputs)
+        return output if self.classes is None else output[..., : self.classes]
 
     def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
         """L_T(theta; D) and metrics; ``batch`` is ``(x, …, y)``."""

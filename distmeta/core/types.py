@@ -90,6 +90,19 @@ class Portable(Protocol):
         ...
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """A distribution whose tasks fall into groups that metrics tell apart: the parts of a mixture, the ways of a task.
+
+    A driver asks it about tasks that workers build: both draw from streams of the same name.
+    """
+
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+        """The names of the groups of the task that ``sample(rng, split)`` draws; of a split, none for all tasks or
+        some for each."""
+        ...
+
+
 class Recorded:
     """A task whose data are sampled once, and are the same afterwards at whatever parameters they are asked for.
 
@@ -147,3 +160,6 @@ class TaskSpec(NamedTuple):
     """What evaluation measures beside the metrics of the loss."""
     metric: str | None = None
     """The metric that counts in evaluation, the higher the better; None: accuracy if there is one, else the loss."""
+    variable_ways: bool = False
+    """Whether a classification has as many classes as its labels show, ``outputs`` at most: its loss and its accuracy
+    are then those of its own classes, the outputs beyond them left out."""

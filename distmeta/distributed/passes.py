@@ -128,7 +128,7 @@ def meta_gradients(problem: Problem, meta: MetaParams, tasks: dict[int, Task], s
             if vectorised is not None:
                 gradient, metrics = _one(join(vectorised.gradient), i), _one(vectorised.metrics, i)
             else:
-                result = problem.algorithm.meta_gradient(meta, task, problem.loss, step=shard.step)
+                result = problem.algorithm.meta_gradient(meta, task, problem.loss_of(task), step=shard.step)
                 gradient, metrics = join(result.gradient), result.metrics
             row = {name: tensor.cpu().double().numpy() for name, tensor in metrics.items()}
             _check(problem, gradient, row, shard, index)
@@ -143,28 +143,41 @@ def meta_gradients(problem: Problem, meta: MetaParams, tasks: dict[int, Task], s
 
 
 def vectorise(problem: Problem, meta: MetaParams, tasks: list[Task], step: int) -> MetaGradient:
-    """The meta-gradients of all tasks at once, each tensor with a leading axis that counts tasks.
+    """The meta-gradients of all tasks, each tensor with a leading axis that counts tasks, in their order.
+
+    Tasks of equal shapes and equally many classes are computed at once, one such bucket after the other.
 
     Raises:
-        ConfigError: The tasks are not episodes of one shape.
+        ConfigError: The tasks are no episodes.
     """
-    if not all(isinstance(task, Episode) for task in tasks):
-        raise ConfigError("train.strategy: vmap needs supervised episodes; these tasks want train.strategy: loop")
-    try:
-        support, query = (
-            tuple(torch.stack(column) for column in zip(*sets, strict=True))
-            for sets in (
-                [task.support_set for task in tasks],  # pyright: ignore[reportAttributeAccessIssue]
-                [task.query_set for task in tasks],  # pyright: ignore[reportAttributeAccessIssue]
-            )
-        )
-    except RuntimeError as error:
-        raise ConfigError(
-            f"train.strategy: vmap needs tasks of one shape ({error}); train.strategy: loop takes any"
-        ) from error
+    buckets: dict[object, list[int]] = {}
+    episodes: list[Episode] = []
+    for i, task in enumerate(tasks):
+        if not isinstance(task, Episode):
+            raise ConfigError("train.strategy: vmap needs supervised episodes; these tasks want train.strategy: loop")
+        episodes.append(task)
+        shapes = tuple(tuple((tensor.shape, tensor.dtype) for tensor in batch) for batch in task)
+        buckets.setdefault((shapes, getattr(problem.loss_of(task), "classes", None)), []).append(i)
+    parts = [_at_once(problem, meta, [episodes[i] for i in members], step) for members in buckets.values()]
+    if len(parts) == 1:
+        return parts[0]
+    order = [i for members in buckets.values() for i in members]
+    place = sorted(range(len(order)), key=order.__getitem__)
+    together = lambda several: {name: torch.cat([one[name] for one in several])[place] for name in several[0]}  # noqa: E731
+    gradient = split(together([join(part.gradient) for part in parts]))
+    return MetaGradient(gradient, together([part.metrics for part in parts]))
+
+
+def _at_once(problem: Problem, meta: MetaParams, tasks: list[Episode], step: int) -> MetaGradient:
+    """The meta-gradients of tasks of one form, vectorised."""
+    loss = problem.loss_of(tasks[0])
+    support, query = (
+        tuple(torch.stack(column) for column in zip(*sets, strict=True))
+        for sets in ([task.support_set for task in tasks], [task.query_set for task in tasks])
+    )
 
     def one(support_set: Batch, query_set: Batch) -> MetaGradient:
-        return problem.algorithm.meta_gradient(meta, Episode(support_set, query_set), problem.loss, step=step)
+        return problem.algorithm.meta_gradient(meta, Episode(support_set, query_set), loss, step=step)
 
     with function_transforms():
         return torch.vmap(one, randomness="different")(support, query)

@@ -11,21 +11,22 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from distmeta.core.algorithm import MetaAlgorithm
-from distmeta.core.loss import PureModule, uses_batch_statistics
+from distmeta.core.loss import ModuleLoss, PureModule, uses_batch_statistics
 from distmeta.core.params import Layout, split
 from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import (
     Episode,
+    Grouped,
     Judge,
     MetaParams,
     Params,
@@ -40,6 +41,8 @@ from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap"]
 JUDGED = "judged."
+
+deterministic: Any = torch.utils.deterministic  # whose one attribute its types do not know
 
 
 class Shard(NamedTuple):
@@ -83,14 +86,14 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
     keep_freed_memory()
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
         _set_deterministic(2)
         # Else deterministic mode writes NaN into all new memory, a tenth of the time; no kernel here leaves any unset.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        deterministic.fill_uninitialized_memory = False
         torch.manual_seed(seed)
         try:
             yield
@@ -98,7 +101,7 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
             torch.backends.cudnn.benchmark = before[2]
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            deterministic.fill_uninitialized_memory = fill
             _set_deterministic(mode)
 
 
@@ -158,6 +161,7 @@ class Problem:
     device: str = "cpu"
     judge: Judge | None = None
     metric: str | None = None
+    variable_ways: bool = False
     """See `distmeta.core.types.TaskSpec`."""
     recordings: Recordings = field(default_factory=Recordings, repr=False)
 
@@ -219,6 +223,22 @@ class Problem:
                 tasks.append(self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split))
         return tasks
 
+    def loss_of(self, task: Task) -> PureModule:
+        """The loss of ``task``: of its own classes, where tasks have different numbers of them."""
+        if not (self.variable_ways and isinstance(task, Episode) and isinstance(self.loss, ModuleLoss)):
+            return self.loss
+        return self.loss.of_classes(1 + max(int(batch[-1].max()) for batch in task))
+
+    def groups(self, shards: Sequence[Shard], skipped: Container[int] = ()) -> list[tuple[str, ...]]:
+        """The groups of each task of ``shards`` that is not ``skipped``; empty where the tasks have none."""
+        indices = [i for shard in shards for i in range(shard.first, shard.first + shard.size) if i not in skipped]
+        tasks = self.tasks
+        if not isinstance(tasks, Grouped) or not indices:
+            return []
+        split, step = shards[0].split, shards[0].step
+        of = lambda index: tasks.groups_of(stream(self.seed, split, step, index), split)  # noqa: E731
+        return [of(index) for index in indices] if of(indices[0]) else []
+
     def name(self, shard: Shard, index: int) -> str:
         """A task, for messages."""
         return f"task {index} of step {shard.step} (split {shard.split}, seed {self.seed})"
@@ -241,9 +261,10 @@ class Problem:
         rows: list[dict[str, np.ndarray]] = []
         params: Params = {}
         judged: list[dict[str, float]] = []
-        for params, *_ in self.algorithm.trajectory(meta, task, self.loss):
+        loss = self.loss_of(task)
+        for params, *_ in self.algorithm.trajectory(meta, task, loss):
             with torch.no_grad():
-                value, metrics = self.loss(params, task.query(params))
+                value, metrics = loss(params, task.query(params))
             if not rows:
                 judged += self._judge(params, task)
             rows.append({name: m.cpu().double().numpy() for name, m in (metrics | {"loss": value}).items()})
@@ -268,10 +289,10 @@ class Problem:
         """
         *support, _ = task.support(params, 0)
         *inputs, target = task.query(params)
-        correct = 0
+        loss, correct = self.loss_of(task), 0
         for i in range(len(target)):
             batch = [torch.cat([s, x[i : i + 1]]) for s, x in zip(support, inputs, strict=True)]
-            correct += int(self.loss.predict(params, *batch)[-1].argmax() == target[i])
+            correct += int(loss.predict(params, *batch)[-1].argmax() == target[i])
         return correct / len(target)
 
     def _nearest_neighbour(self, meta: MetaParams, task: Task) -> dict[str, np.ndarray]:

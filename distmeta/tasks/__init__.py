@@ -9,9 +9,11 @@ from typing import Any
 from distmeta.tasks.cifar import FC100, CifarFS
 from distmeta.tasks.cldr import CLDRNames
 from distmeta.tasks.folders import ImageFolder
+from distmeta.tasks.functions import SimpleFunction
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.locomotion import Ant, Gym, HalfCheetahDirection, HalfCheetahVelocity
 from distmeta.tasks.metaworld import MetaWorld
+from distmeta.tasks.mixture import Mixture
 from distmeta.tasks.navigation import Navigation
 from distmeta.tasks.omniglot import Omniglot
 from distmeta.tasks.photographs import CUB, MiniImageNet, TieredImageNet
@@ -27,6 +29,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "clinc150": Clinc150,
     "cub": CUB,
     "fc100": FC100,
+    "function": SimpleFunction,
     "glyphs": Glyphs,
     "gym": Gym,
     "half_cheetah_dir": HalfCheetahDirection,
@@ -34,6 +37,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "image_folder": ImageFolder,
     "metaworld": MetaWorld,
     "mini_imagenet": MiniImageNet,
+    "mixture": Mixture,
     "navigation": Navigation,
     "omniglot": Omniglot,
     "parallel": ParallelText,

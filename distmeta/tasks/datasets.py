@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distmeta.core.types import Episode, Split
-from distmeta.errors import ConfigError, DataError, StorageError
+from distmeta.errors import DataError, StorageError
 from distmeta.tasks.files import atomic_write, cache_dir, default_data_root
 from distmeta.tasks.own import OwnClasses
+from distmeta.tasks.sizes import Sizes, check_sizes, choices, draw
 from distmeta.tasks.splits import SPLITS
 
 log = logging.getLogger(__name__)
@@ -327,29 +328,33 @@ class DataTasks(ABC):
 class FewShotClasses(DataTasks):
     """N-way K-shot classification: an episode draws N classes, and K + Q distinct examples of each.
 
+    N, K and Q may each be a list, from which every task draws its own number. The model then has outputs for the most
+    ways, of which a task's loss sees its own alone (see `TaskSpec.variable_ways`).
+
     Raises:
         ConfigError: a field is out of range.
     """
 
-    ways: Annotated[int, "Classes in each task (N)."] = 5
-    shots: Annotated[int, "Support examples of each class (K)."] = 1
-    queries: Annotated[int, "Query examples of each class (Q)."] = 15
+    ways: Annotated[Sizes, "Classes in each task (N); a list, such as [5, 20]: each task draws one of them."] = 5
+    shots: Annotated[Sizes, "Support examples of each class (K), or a list to draw from."] = 1
+    queries: Annotated[Sizes, "Query examples of each class (Q), or a list to draw from."] = 15
+    train_ways: Annotated[
+        Sizes | None, "Classes in each task of meta-training, where they are to differ; null: as ways."
+    ] = None
     train_shots: Annotated[
-        int | None,
+        Sizes | None,
         "Support examples of each class in meta-training, where they are to differ (Reptile); null: as shots.",
     ] = None
-    train_queries: Annotated[int | None, "Query examples of each class in meta-training; null: as queries."] = None
+    train_queries: Annotated[Sizes | None, "Query examples of each class in meta-training; null: as queries."] = None
 
     examples: ClassVar[str]
     """What the examples are called, for people."""
     groups: ClassVar[str] = "classes"
 
     def __post_init__(self) -> None:
-        least = {"ways": 2, "shots": 1, "queries": 1, "train_shots": 1, "train_queries": 1}
-        for key, low in least.items():
-            value = getattr(self, key)
-            if value is not None and value < low:
-                raise ConfigError(f"tasks.{key} is {value}; it must be {low} or more")
+        for key, least in (("ways", 2), ("shots", 1), ("queries", 1)):
+            check_sizes(f"tasks.{key}", getattr(self, key), least)
+            check_sizes(f"tasks.train_{key}", getattr(self, f"train_{key}"), least)
 
     @abstractmethod
     def inputs(self, examples: NDArray[Any]) -> Tensor:
@@ -400,12 +405,13 @@ class FewShotClasses(DataTasks):
 
     def check(self, split: Split, members: NDArray[np.int64]) -> None:
         """Enough classes, and enough examples of each."""
-        shots, queries = self._sizes(split)
+        ways, shots, queries = self._most(split)
         available, counted = len(members) * self.variants, " (rotations counted)" if self.variants > 1 else ""
-        if available < self.ways:
+        if available < ways:
+            prefix = "train_" if split == "train" and self.train_ways else ""
             raise DataError(
                 f"the {split} split of {self.name} has {available} classes{counted}, fewer than the "
-                f"{self.ways} ways of a task: lower tasks.ways"
+                f"{ways} ways of a task: lower tasks.{prefix}ways"
                 + (" or change tasks.fractions" if hasattr(self, "fractions") else "")
             )
         smallest = members[np.argmin(self.dataset.counts[members])]
@@ -417,34 +423,56 @@ class FewShotClasses(DataTasks):
                 f"queries: lower tasks.{prefix}shots or tasks.{prefix}queries"
             )
 
-    def _sizes(self, split: Split) -> tuple[int, int]:
-        """Shots and queries of a class in ``split``."""
+    def _sizes(self, split: Split) -> tuple[Sizes, Sizes, Sizes]:
+        """What ways, shots and queries are drawn from in ``split``."""
         if split != "train":
-            return self.shots, self.queries
-        return self.train_shots or self.shots, self.train_queries or self.queries
+            return self.ways, self.shots, self.queries
+        return self.train_ways or self.ways, self.train_shots or self.shots, self.train_queries or self.queries
+
+    def _most(self, split: Split) -> tuple[int, int, int]:
+        """The most ways, shots and queries that are drawn in ``split``."""
+        ways, shots, queries = (max(choices(sizes)) for sizes in self._sizes(split))
+        return ways, shots, queries
+
+    @property
+    def most_ways(self) -> int:
+        """The ways of the largest task of any split."""
+        return max(*choices(self.ways), *choices(self.train_ways or self.ways))
+
+    @property
+    def variable_ways(self) -> bool:
+        """Whether any task has fewer."""
+        return min(*choices(self.ways), *choices(self.train_ways or self.ways)) < self.most_ways
+
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+        """The task's ways and shots, as far as they are drawn: ``("5-way 1-shot",)``, or nothing."""
+        ways, shots, _ = self._sizes(split)
+        drawn = {"way": (draw(rng, ways), ways), "shot": (draw(rng, shots), shots)}
+        told = [f"{size}-{word}" for word, (size, sizes) in drawn.items() if len(set(choices(sizes))) > 1]
+        return (" ".join(told),) if told else ()
 
     def sample(self, rng: np.random.Generator, split: Split) -> Episode:
         """Draws an episode of ``split``: support (x, y) in random order, query (x, y) class by class.
 
         x are the inputs of N * K or N * Q examples, y int64 from 0 to N - 1.
         """
-        shots, queries = self._sizes(split)
+        ways, shots, queries = (draw(rng, sizes) for sizes in self._sizes(split))
         members = self.members[split]
         # distinct (class, variant) pairs
-        drawn = rng.choice(len(members) * self.variants, self.ways, replace=False)
+        drawn = rng.choice(len(members) * self.variants, ways, replace=False)
         classes = members[drawn // self.variants]
         # distinct examples of each class: the first few of a random order
         counts = self.dataset.counts[classes]
         if counts.max() > _LARGE_CLASS:
             examples = np.stack([rng.choice(count, shots + queries, replace=False) for count in counts])
         else:
-            order = rng.random((self.ways, int(counts.max())))
+            order = rng.random((ways, int(counts.max())))
             order[np.arange(order.shape[1]) >= counts[:, None]] = np.inf
             examples = np.argsort(order, axis=1, kind="stable")[:, : shots + queries]
         block = self.dataset.examples[self.dataset.starts[classes][:, None] + examples]
         self.vary(block, drawn % self.variants)
-        labels = np.arange(self.ways)
-        shuffled = rng.permutation(self.ways * shots)
+        labels = np.arange(ways)
+        shuffled = rng.permutation(ways * shots)
         return Episode(
             (self.inputs(_flat(block[:, :shots])[shuffled]), torch.from_numpy(labels.repeat(shots)[shuffled])),
             (self.inputs(_flat(block[:, shots:])), torch.from_numpy(labels.repeat(queries))),

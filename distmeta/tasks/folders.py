@@ -161,7 +161,7 @@ class FolderImages(FewShotImages):
         return members[self._enough(split, members)] if self.skip_small else members
 
     def _enough(self, split: Split, members: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return self.dataset.counts[members] >= sum(self._sizes(split))
+        return self.dataset.counts[members] >= sum(self._most(split)[1:])
 
     def prepare(self) -> None:
         """See `FewShotClasses.prepare`; what is left out, and images that a class has twice, are reported."""
@@ -169,7 +169,7 @@ class FolderImages(FewShotImages):
         if self.skip_small:
             used = {int(group) for groups in self.members.values() for group in groups}
             counts = zip(self.dataset.names, self.dataset.counts, strict=True)
-            least = min(sum(self._sizes(split)) for split in SPLITS)
+            least = min(sum(self._most(split)[1:]) for split in SPLITS)
             left = [f"{name} ({count})" for i, (name, count) in enumerate(counts) if i not in used and count < least]
             if left:
                 log.warning("%d classes have too few images and are left out: %s", len(left), some(left))
@@ -188,7 +188,7 @@ class FolderImages(FewShotImages):
         """Enough classes, and enough images of each; all classes that have too few are named."""
         few = members[~self._enough(split, members)]
         if len(few) > 1:
-            shots, queries = self._sizes(split)
+            _, shots, queries = self._most(split)
             found = some(f"{self.dataset.names[group]} ({self.dataset.counts[group]})" for group in few)
             raise DataError(
                 f"{len(few)} classes of {self.name} ({split}) have fewer images than {shots} shots + {queries} "

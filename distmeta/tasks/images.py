@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distmeta.core.types import Episode, Split, TaskSpec
+from distmeta.errors import at_least
 from distmeta.tasks.augment import Transform, augmented, transform_of
 from distmeta.tasks.datasets import FewShotClasses
 from distmeta.tasks.own import OwnClasses
@@ -22,7 +25,8 @@ from distmeta.tasks.pictures import character_pixels, folder_of_classes, folder_
 class FewShotImages(FewShotClasses):
     """N-way K-shot classification of images, which the data set holds as uint8 [n, H, W] (grey) or [n, H, W, 3].
 
-    With ``rotations`` each class turned by 90, 180 and 270 degrees is a class of its own.
+    With ``rotations`` each class turned by 90, 180 and 270 degrees is a class of its own. ``image_size`` and
+    ``channels`` bring data sets of different images to one form, so that they can be mixed.
 
     Raises:
         ConfigError: a field is out of range, or ``augment`` names no transform.
@@ -33,6 +37,8 @@ class FewShotImages(FewShotClasses):
         tuple[dict[str, Any], ...],
         "Transforms of torchvision.transforms.v2 for training tasks, each {use: NAME, argument: value, …}.",
     ] = ()
+    image_size: Annotated[int | None, "Height and width that images are resized to; null: as they are."] = None
+    channels: Annotated[Literal[1, 3] | None, "1: made grey, 3: made colour; null: as they are."] = None
 
     examples: ClassVar[str] = "images"
     image_shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
@@ -40,13 +46,15 @@ class FewShotImages(FewShotClasses):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.image_size is not None:
+            at_least("tasks.image_size", self.image_size, 1)
         if self.augment:
             _ = self.transform
 
     @cached_property
     def transform(self) -> Transform:
         """What augments an image."""
-        return transform_of(self.augment, self.shape)
+        return transform_of(self.augment, self.input_shape)
 
     def sample(self, rng: np.random.Generator, split: Split) -> Episode:
         """Draws an episode of ``split`` (see `FewShotClasses.sample`); images of training tasks are augmented."""
@@ -58,12 +66,18 @@ class FewShotImages(FewShotClasses):
 
     @property
     def spec(self) -> TaskSpec:
-        """What a model is built for: images of ``shape``, one output a class, cross-entropy."""
-        return TaskSpec(self.shape, self.ways, "cross_entropy")
+        """What a model is built for: images of one shape, one output a class, cross-entropy."""
+        return TaskSpec(self.input_shape, self.most_ways, "cross_entropy", variable_ways=self.variable_ways)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what a model is given."""
+        channels, height, width = self.shape
+        return self.channels or channels, self.image_size or height, self.image_size or width
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
+        """Channels, height and width of one image as the data set has it."""
         return self.image_shape
 
     @property
@@ -79,14 +93,24 @@ class FewShotImages(FewShotClasses):
 
     def inputs(self, examples: NDArray[Any]) -> Tensor:
         """float32 [n, C, H, W] from 0 to 1."""
-        return to_floats(examples)
+        return self._converted(to_floats(examples))
+
+    def _converted(self, x_BCHW: Tensor) -> Tensor:
+        """Images in the form that ``image_size`` and ``channels`` ask for: resized by antialiased bilinear
+        interpolation, made grey by their luma (ITU-R BT.601), made colour by three equal channels."""
+        size = self.input_shape[1:]
+        if x_BCHW.shape[2:] != size:
+            x_BCHW = F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
+        if self.channels == 1 and x_BCHW.shape[1] == 3:
+            x_BCHW = (x_BCHW * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        return x_BCHW.repeat(1, 3, 1, 1) if self.channels == 3 and x_BCHW.shape[1] == 1 else x_BCHW
 
     def own_task(self, support: Path, query: Path) -> OwnClasses:
         """From a folder with one folder of images for each class, and a folder of images (or of one for each class)."""
         names, x, y = folder_of_classes(support, self.read_image)
         pictures = folder_of_images(query, self.read_image)
         files = [str(path.relative_to(query)) for path in pictures.paths]
-        return OwnClasses(names, (x, y), "file", files, pictures.x, pictures.labels).check(support, self.ways)
+        return OwnClasses(names, (x, y), "file", files, pictures.x, pictures.labels).check(support, self.most_ways)
 
     def read_image(self, path: Path) -> Tensor:
         """A user's own picture, prepared as the images of the data set (grey ones: characters, colour: photographs):
@@ -96,4 +120,4 @@ class FewShotImages(FewShotClasses):
             DataError: the file is missing or is not an image.
         """
         read = character_pixels if self.shape[0] == 1 else photo_pixels
-        return to_floats(read(path, self.shape[1])[None])[0]
+        return self._converted(to_floats(read(path, self.shape[1])[None]))[0]

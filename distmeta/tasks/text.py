@@ -56,7 +56,8 @@ class FewShotText(FewShotClasses):
     buckets: Annotated[int, "Numbers that the tokenizer words hashes to."] = 8192
     trim: Annotated[
         bool,
-        "Cut the padding that all texts of a set share: faster, but shapes differ, which train.strategy: vmap refuses.",
+        "Cut the padding that all texts of a set share: faster, but shapes differ, so that train.strategy: vmap has "
+        "little to vectorise.",
     ] = False
     text_column: Annotated[str, "Column (CSV) or key (JSONL) of the text."] = "text"
     label_column: Annotated[str, "Column or key of the class."] = "label"
@@ -89,7 +90,13 @@ class FewShotText(FewShotClasses):
     @property
     def spec(self) -> TaskSpec:
         """What a model is built for: rows of ``length`` tokens, one output a class, cross-entropy."""
-        return TaskSpec((self.length,), self.ways, "cross_entropy", self.tokens.vocabulary)
+        return TaskSpec(
+            (self.length,),
+            self.most_ways,
+            "cross_entropy",
+            self.tokens.vocabulary,
+            variable_ways=self.variable_ways,
+        )
 
     def source_key(self) -> str:
         """Names, sizes and times of the files, and what makes tokens of them."""
@@ -138,7 +145,7 @@ class FewShotText(FewShotClasses):
             [text.text for text in asked],
             self._encode(asked),
             labels if len(labels) == len(asked) else None,
-        ).check(support, self.ways)
+        ).check(support, self.most_ways)
 
     def _encode(self, read: Sequence[Text]) -> Tensor:
         return self.inputs(table(self.tokens([text.text for text in read], self.length), self.length))
