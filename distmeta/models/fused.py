@@ -29,8 +29,9 @@ def conv2d(x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution of ``x`` with square ``weight`` (out, in, k, k), without bias."""
     if plain(x_BCHW):
         return F.conv2d(x_BCHW, weight, stride=stride, padding=padding)
-    # One image after another, channels side by side: what oneDNN and the kernels below are fastest with.
-    return _Convolution.apply(x_BCHW.contiguous(memory_format=torch.channels_last), weight, stride, padding)
+    # Channels side by side are what oneDNN and the kernels are fastest with. (Of images with one channel `contiguous`
+    # leaves the strides as they are, which do not say so.)
+    return _Convolution.apply(x_BCHW.to(memory_format=torch.channels_last), weight, stride, padding)
 
 
 def norm_relu_pool(y_BCHW: Tensor, weight: Tensor, bias: Tensor, eps: float, window: int) -> Tensor:
