@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -194,8 +195,11 @@ def ours(workload: Workload, workers: int, tasks: int) -> Iterator[Callable[[int
     if workers == 0:
         executor: Any = InProcess(problem)
     else:
+        from ray import cloudpickle
+
         from distmeta.distributed.ray import RayPool
 
+        cloudpickle.register_pickle_by_value(sys.modules[Tasks.__module__])  # workers do not know this script
         executor = RayPool(problem, Scaling(num_workers=workers), len(shards(0)))
     with executor as at_work:
         yield lambda step: reduce_mean(at_work.map("meta_gradient", vector, shards(step), shards(step + 1)))
