@@ -2,6 +2,7 @@
 
 from distmeta.adaptation import Adapted, adapt, evaluate
 from distmeta.algorithms import (
+    CAVIA,
     IMAML,
     MAML,
     R2D2,
@@ -21,6 +22,7 @@ from distmeta.tasks.mixture import Mixture
 from distmeta.training import resume, train
 
 __all__ = [
+    "CAVIA",
     "IMAML",
     "MAML",
     "R2D2",

@@ -4,6 +4,7 @@ An algorithm is added by writing its file and naming its class here: configurati
 distribution follow from that.
 """
 
+from distmeta.algorithms.cavia import CAVIA
 from distmeta.algorithms.imaml import IMAML
 from distmeta.algorithms.joint import Joint
 from distmeta.algorithms.maml import MAML
@@ -17,6 +18,7 @@ from distmeta.algorithms.reptile import Reptile
 from distmeta.core.algorithm import MetaAlgorithm
 
 ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
+    "cavia": CAVIA,
     "imaml": IMAML,
     "joint": Joint,
     "maml": MAML,
@@ -31,6 +33,7 @@ ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
 
 __all__ = [
     "ALGORITHMS",
+    "CAVIA",
     "IMAML",
     "MAML",
     "R2D2",

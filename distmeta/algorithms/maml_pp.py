@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmeta.algorithms.maml import MAML
-from distmeta.core.inner import SGD, InnerOptimizer, Order
+from distmeta.core.inner import InnerOptimizer, Order
 from distmeta.core.types import MetaParams, Metrics, Params, Recorded, Task, TaskLoss
 from distmeta.errors import ConfigError, at_least
 
@@ -53,9 +53,11 @@ class MAMLpp(MAML):
         rates = {f"lr.{name}": params[name].new_full((self.inner_steps,), self.inner_lr) for name in names}
         return MetaParams(params, rates)
 
-    def optimizer(self, meta: MetaParams) -> InnerOptimizer:
+    def optimizer(self) -> InnerOptimizer:
         """theta_l ← theta_l − α_{l,k} g_l."""
-        return _Rates(meta.extra, self.inner_steps) if self.learn_rates else SGD(self.inner_lr)
+        if not self.learn_rates:
+            return super().optimizer()
+        return self.rule(lambda state, name, count: state[f"lr.{name}"][min(count, self.inner_steps) - 1])
 
     def order(self, step: int) -> Order:
         """See `MAML.order`; first the order is 1 if it is annealed."""
@@ -79,13 +81,3 @@ class MAMLpp(MAML):
             )
         values = [(v, *loss(params, task.query(params))) for v, params in weighted]
         return torch.stack([v * value for v, value, _ in values]).sum(), values[-1][2]
-
-
-@dataclass(frozen=True)
-class _Rates:
-    extra: Params
-    steps: int
-
-    def step(self, params: Params, gradient: Params, state: Params, count: int) -> tuple[Params, Params]:
-        k = min(count, self.steps) - 1
-        return {name: t - self.extra[f"lr.{name}"][k] * gradient[name] for name, t in params.items()}, state
