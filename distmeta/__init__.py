@@ -7,6 +7,7 @@ from distmeta.algorithms import (
     MAML,
     R2D2,
     Joint,
+    LearnedOptimizer,
     MAMLpp,
     MetaAlgorithm,
     MetaCurvature,
@@ -14,6 +15,7 @@ from distmeta.algorithms import (
     ProMP,
     ProtoMAML,
     Reptile,
+    WarpGrad,
 )
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError, Stopped
@@ -31,6 +33,7 @@ __all__ = [
     "DistmetaError",
     "Episode",
     "Joint",
+    "LearnedOptimizer",
     "MAMLpp",
     "MetaAlgorithm",
     "MetaCurvature",
@@ -45,6 +48,7 @@ __all__ = [
     "Task",
     "TaskDistribution",
     "TaskSpec",
+    "WarpGrad",
     "adapt",
     "evaluate",
     "resume",

@@ -19,6 +19,7 @@ from distmeta import (
     IMAML,
     MAML,
     Episode,
+    LearnedOptimizer,
     MAMLpp,
     MetaAlgorithm,
     MetaCurvature,
@@ -133,6 +134,7 @@ def algorithms() -> dict[str, MetaAlgorithm]:
     }
     made["imaml"] = IMAML(inner_lr=0.01, regularization=50.0)
     made["cavia-film"] = CAVIA(inner_lr=0.3, inner_steps=2, context=3, layers=("*",), film=True, recompute=True)
+    made["learned-optimizer-2"] = LearnedOptimizer(inner_lr=0.1, inner_steps=2, first_order=False, hidden=3)
     made["maml-adam"] = MAML(inner_lr=0.02, inner_steps=2, inner_optimizer="adam", inner_momentum=0.9, inner_eps=1e-2)
     made["maml-nesterov"] = MAML(inner_lr=0.05, inner_steps=2, inner_optimizer="nesterov", inner_momentum=0.9)
     made["maml-recompute"] = MAML(inner_lr=0.05, inner_steps=3, inner_momentum=0.5, recompute=True)
