@@ -13,7 +13,8 @@ import torchopt
 from problems import Blobs, HeadedMLP, problem_of, relative_error
 from torch import nn
 
-from distmeta import MAML, Episode, MAMLpp, MetaCurvature, MetaSGD, ProtoMAML
+from distmeta import MAML, Episode, LearnedOptimizer, MAMLpp, MetaCurvature, MetaSGD, ProtoMAML
+from distmeta.core.gradients import hessian_product
 from distmeta.core.inner import SGD, Adam, InnerOptimizer
 from distmeta.core.loss import cross_entropy
 from distmeta.core.params import split
@@ -168,6 +169,7 @@ RECOMPUTED = {
     "adam": MAML(inner_lr=0.1, inner_steps=3, inner_optimizer="adam", inner_momentum=0.9, inner_eps=1e-3),
     "anil": MAML(inner_lr=0.1, inner_steps=3, adapted_params=("classifier.*",)),
     "boil": MAML(inner_lr=0.1, inner_steps=3, frozen_params=("classifier.*",)),
+    "learned": LearnedOptimizer(inner_lr=0.1, inner_steps=3, hidden=3),
     "maml-pp": MAMLpp(inner_lr=0.1, inner_steps=3, multi_step_until=10),
     "meta-sgd": MetaSGD(inner_lr=0.1, inner_steps=3, inner_momentum=0.9),
     "meta-curvature": MetaCurvature(inner_lr=0.1, inner_steps=3),
@@ -229,3 +231,21 @@ def test_recomputation_keeps_one_inner_step_and_not_all() -> None:
     assert most[False, 10] > 3 * most[False, 2]
     assert most[True, 10] < 1.3 * most[True, 2]
     assert most[True, 2] < most[False, 2]
+
+
+def test_what_is_recomputed_can_be_differentiated_twice(network: nn.Module) -> None:
+    """As a trust region does."""
+    problem, theta = problem_of(MAML(), network, Blobs(dtype=DOUBLE))
+    (task,) = problem.build(SHARD)
+    point = problem.layout.unpack(theta)
+    direction = problem.layout.unpack(np.random.default_rng(0).standard_normal(theta.size))
+    products = []
+    for recompute in (False, True):
+        algorithm = MAML(inner_lr=0.1, inner_steps=2, inner_momentum=0.9, recompute=recompute)
+        products.append(
+            hessian_product(
+                lambda joined, a=algorithm: a.objective(split(joined), task, problem.loss, step=0)[0], point, direction
+            )
+        )
+    for name, tensor in products[0].items():
+        assert relative_error(products[1][name], tensor) < 1e-11

@@ -190,3 +190,21 @@ def test_models_without_warp_layers_are_refused(algorithm: WarpGrad, network: nn
 def test_settings_out_of_range_are_refused(kind: type, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         kind(**options)
+
+
+def test_the_outer_loop_teaches_the_rule_to_adapt_better() -> None:
+    """The rule alone is trained; the initialisation stays what it is."""
+    torch.manual_seed(0)
+    algorithm = LearnedOptimizer(inner_lr=0.1, inner_steps=3)
+    problem, theta = problem_of(algorithm, HeadedMLP(3, 3), Blobs(), strategy="vmap")
+    params = {name: tensor.requires_grad_() for name, tensor in problem.layout.unpack(theta).items()}
+    outer = torch.optim.Adam([tensor for name, tensor in params.items() if name.startswith("extra.")], lr=0.02)
+    losses = []
+    for step in range(40):
+        result = problem.run("meta_gradient", problem.layout.pack(params), Shard("train", step, 0, 16))
+        losses.append(result.metrics["loss"].mean())
+        assert result.total is not None
+        for name, g in problem.layout.unpack(result.total / 16).items():
+            params[name].grad = g
+        outer.step()
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])

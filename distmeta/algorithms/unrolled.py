@@ -30,7 +30,7 @@ class Unrolled(Bilevel):
     inner_lr: Annotated[float, "inner learning rate, alpha"] = 0.01
     inner_steps: Annotated[int, "gradient steps of the inner loop in meta-training, K"] = 1
     test_inner_steps: Annotated[int | None, "inner steps in evaluation and adaptation; null: inner_steps"] = None
-    inner_optimizer: Annotated[Rule, "inner update rule"] = "sgd"
+    inner_optimizer: Annotated[Rule, "update rule of the inner loop: sgd, nesterov or adam"] = "sgd"
     inner_momentum: Annotated[float, "momentum of sgd and nesterov, beta1 of adam; 0: none"] = 0.0
     inner_eps: Annotated[float, "what adam adds to the root of the second moment"] = 1e-8
     first_order: Annotated[bool, "leave out second derivatives (FOMAML): cheaper, often nearly as good"] = False

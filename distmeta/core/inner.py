@@ -153,8 +153,8 @@ def unroll(
         adapted: Names of the parameters that are updated; None for all. The others stay what they are in theta.
         state: The state that U starts with, if it does not start afresh; meta-learned parts of U are in it.
         count: Number of updates that ``state`` has seen.
-        recompute: With order 2, keep of each step its ends alone and compute it anew in the backward pass: the memory
-            of one step instead of all, for one more forward and backward pass a step. The same bits.
+        recompute: Unless order is 0, keep of each step its ends alone and compute it anew in the backward pass: the
+            memory of one step instead of all, for one more forward and backward pass a step. The same bits.
     """
     state = {} if state is None else state
     if order == 0:
@@ -164,7 +164,7 @@ def unroll(
         update = _Update(loss, optimizer, params if adapted is None else adapted, count + k + 1, order)
         batch = support(params, k)
         ends = join(MetaParams(params, state))
-        after, said = recomputed(update, ends, batch) if recompute and order == 2 else update(ends, batch)
+        after, said = recomputed(update, ends, batch) if recompute and order > 0 else update(ends, batch)
         params, state = split(after)
         yield InnerStep(params, said.pop(_LOSS), said, state)
 
@@ -184,7 +184,7 @@ class _Update:
 
     def __call__(self, ends: Params, batch: Batch) -> tuple[Params, Metrics]:
         """theta_{k+1} and the new state under joined names; the support loss at theta_k and its metrics."""
-        if self.order == 2:  # what one step adds to a derivative is summed first, and so is the same when recomputed
+        if self.order > 0:  # what one step adds to a derivative is summed first, and so is the same when recomputed
             ends = {name: tensor.view_as(tensor) for name, tensor in ends.items()}
         params, state = split(ends)
         moving = {name: tensor for name, tensor in params.items() if name in self.adapted}
