@@ -38,7 +38,7 @@ def measure(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> None:
     for recompute in ("false", "true"):
-        for steps in (1, 2, 5, 10):
+        for steps in (2, 10):
             settings = [*(arguments or DEFAULT), f"algorithm.inner_steps={steps}", f"algorithm.recompute={recompute}"]
             command = [sys.executable, __file__, "measure", *settings]
             print(f"recompute {recompute:5} inner steps {steps:2}", end=" ", flush=True)
