@@ -2,10 +2,12 @@
 
 from distmeta.adaptation import Adapted, adapt, evaluate
 from distmeta.algorithms import (
+    CAVIA,
     IMAML,
     MAML,
     R2D2,
     Joint,
+    LearnedOptimizer,
     MAMLpp,
     MetaAlgorithm,
     MetaCurvature,
@@ -13,6 +15,7 @@ from distmeta.algorithms import (
     ProMP,
     ProtoMAML,
     Reptile,
+    WarpGrad,
 )
 from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
 from distmeta.errors import DistmetaError, Stopped
@@ -21,6 +24,7 @@ from distmeta.tasks.mixture import Mixture
 from distmeta.training import resume, train
 
 __all__ = [
+    "CAVIA",
     "IMAML",
     "MAML",
     "R2D2",
@@ -29,6 +33,7 @@ __all__ = [
     "DistmetaError",
     "Episode",
     "Joint",
+    "LearnedOptimizer",
     "MAMLpp",
     "MetaAlgorithm",
     "MetaCurvature",
@@ -43,6 +48,7 @@ __all__ = [
     "Task",
     "TaskDistribution",
     "TaskSpec",
+    "WarpGrad",
     "adapt",
     "evaluate",
     "resume",

@@ -128,7 +128,9 @@ def assemble(
     module_loss = _loss(config, model or _model(config, spec), loss, spec, chosen)
     if isinstance(module_loss, PolicyLoss):
         cast(Any, tasks).bind(module_loss)
-    initial = join(chosen.init(module_loss.init()))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch_seed(config.seed, "algorithm"))
+        initial = join(chosen.init(module_loss.init()))
     problem = Problem(
         algorithm=chosen,
         loss=module_loss,

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from distmeta import (
+    CAVIA,
     IMAML,
     MAML,
     Episode,
+    LearnedOptimizer,
     MAMLpp,
     MetaAlgorithm,
     MetaCurvature,
@@ -131,6 +133,11 @@ def algorithms() -> dict[str, MetaAlgorithm]:
         if name != "promp"  # for control alone
     }
     made["imaml"] = IMAML(inner_lr=0.01, regularization=50.0)
+    made["cavia-film"] = CAVIA(inner_lr=0.3, inner_steps=2, context=3, layers=("*",), film=True, recompute=True)
+    made["learned-optimizer-2"] = LearnedOptimizer(inner_lr=0.1, inner_steps=2, first_order=False, hidden=3)
+    made["maml-adam"] = MAML(inner_lr=0.02, inner_steps=2, inner_optimizer="adam", inner_momentum=0.9, inner_eps=1e-2)
+    made["maml-nesterov"] = MAML(inner_lr=0.05, inner_steps=2, inner_optimizer="nesterov", inner_momentum=0.9)
+    made["maml-recompute"] = MAML(inner_lr=0.05, inner_steps=3, inner_momentum=0.5, recompute=True)
     made["maml-3"] = MAML(inner_lr=0.1, inner_steps=3)
     made["fomaml"] = MAML(inner_lr=0.1, inner_steps=2, first_order=True)
     made["anil"] = MAML(inner_lr=0.1, inner_steps=2, adapted_params=("classifier.*",))

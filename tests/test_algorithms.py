@@ -13,9 +13,9 @@ from distmeta import IMAML, MAML, R2D2, Episode, MAMLpp, MetaCurvature, MetaSGD,
 from distmeta.core.loss import ModuleLoss, cross_entropy, mse
 from distmeta.core.params import join, split
 from distmeta.core.types import MetaParams
-from distmeta.distributed.work import Shard
+from distmeta.distributed.work import Problem, Shard
 from distmeta.errors import ConfigError, NumericalError
-from distmeta.models import MLP
+from distmeta.models import MLP, Conv4
 
 DOUBLE = torch.float64
 
@@ -279,3 +279,67 @@ def test_heads_from_the_support_set_need_class_labels(algorithm, network: nn.Mod
 def test_settings_out_of_range_are_refused(kind: type, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         kind(**options)
+
+
+def normalised(algorithm: MAML, **options) -> tuple[Problem, np.ndarray]:
+    """On a network with batch-norm, in double precision."""
+    torch.manual_seed(0)
+    network = Conv4((1, 16, 16), 3, filters=4).to(DOUBLE)
+    return problem_of(algorithm, network, Blobs((1, 16, 16), dtype=DOUBLE), **options)
+
+
+NORM = ("features.*.norm.*",)
+
+
+def test_equal_normalisation_in_all_steps_is_that_of_maml() -> None:
+    """The gradients of the steps' weights and biases add up to that of one for all, and nothing else changes."""
+    settings = {"inner_lr": 0.1, "inner_steps": 3}
+    shard = Shard("train", 0, 0, 2)
+    problem, theta = normalised(MAMLpp(**settings, learn_rates=False, per_step_norm=True))
+    ours = split(problem.layout.unpack(problem.run("meta_gradient", theta, shard).total))
+    problem, theta = normalised(MAML(**settings, frozen_params=NORM))
+    for name, tensor in split(problem.layout.unpack(problem.run("meta_gradient", theta, shard).total)).model.items():
+        rows = ours.extra.get(f"norm.{name}")
+        assert (rows is not None) == (".norm." in name)
+        assert relative_error(ours.model[name] if rows is None else rows.sum(0), tensor) < 1e-10, name
+        if rows is not None:
+            assert rows.shape == (3, 4)
+            assert not torch.equal(rows[0], rows[1])
+            assert not ours.model[name].any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_each_step_has_its_own_normalisation(strategy: str, recompute: bool) -> None:
+    """Written out: step k and the query after it see row k, steps beyond K the last row."""
+    algorithm = MAMLpp(
+        inner_lr=0.1, inner_steps=2, test_inner_steps=3, per_step_norm=True, multi_step_until=10, recompute=recompute
+    )
+    problem, theta = normalised(algorithm, strategy=strategy)
+    theta = theta + 0.05 * np.random.default_rng(0).standard_normal(theta.size)
+    shard = Shard("train", 5, 0, 1)
+    ours = problem.layout.unpack(problem.run("meta_gradient", theta, shard).total)
+    (task,) = problem.build(shard)
+    joined = {name: tensor.requires_grad_() for name, tensor in problem.layout.unpack(theta).items()}
+    meta = split(joined)
+    moving = [name for name in meta.model if f"norm.{name}" not in meta.extra]
+    params, queries = dict(meta.model), []
+    for k in (0, 1, 1):
+        params |= {name[5:]: rows[k] for name, rows in meta.extra.items() if name.startswith("norm.")}
+        rates = [meta.extra[f"lr.{name}"][k] for name in moving]
+        support = problem.loss(params, task.support_set)[0]
+        gradients = torch.autograd.grad(support, [params[name] for name in moving], create_graph=True)
+        params |= {n: params[n] - a * g for n, a, g in zip(moving, rates, gradients, strict=True)}
+        queries.append(problem.loss(params, task.query_set)[0])
+    weighted = sum(v * query for v, query in zip(algorithm.weights(5), queries[:2], strict=True))
+    expected = torch.autograd.grad(weighted, list(joined.values()), materialize_grads=True)
+    for (name, tensor), g in zip(ours.items(), expected, strict=True):
+        torch.testing.assert_close(tensor, g, rtol=1e-8, atol=1e-10, msg=name)
+    adapted = problem.algorithm.adapt(meta, task, problem.loss)
+    for name, tensor in params.items():
+        torch.testing.assert_close(adapted[name], tensor.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_normalisation_by_step_needs_layers_of_normalisation(network: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.per_step_norm: the model has no layer of normalisation .* body"):
+        problem_of(MAMLpp(per_step_norm=True), network, Blobs())

@@ -12,7 +12,7 @@ from torch import nn
 from distmeta import MAML, Episode, Reptile
 from distmeta.algorithms.reptile import mini_batches
 from distmeta.core.algorithm import Bilevel
-from distmeta.core.inner import SGD, Adam, last, unroll
+from distmeta.core.inner import SGD, last, unroll
 from distmeta.core.loss import ModuleLoss, cross_entropy, mse
 from distmeta.core.params import split
 from distmeta.core.seeds import stream
@@ -171,18 +171,6 @@ def test_reptile_moves_theta_to_the_mean_of_the_adapted_weights() -> None:
     assert relative_error(outer.vector(), theta + 0.25 * (np.mean(adapted, axis=0) - theta)) < 1e-12
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_inner_adam_is_torch_adam(beta1: float) -> None:
-    rule, theirs = Adam(0.01, beta1=beta1), torch.nn.Parameter(torch.randn(5, dtype=DOUBLE))
-    reference = torch.optim.Adam([theirs], lr=0.01, betas=(beta1, 0.999))
-    params, state = {"w": theirs.detach().clone()}, {}
-    for count in range(1, 8):
-        theirs.grad = torch.randn(5, dtype=DOUBLE)
-        params, state = rule.step(params, {"w": theirs.grad}, state, count)
-        reference.step()
-    assert relative_error(params["w"], theirs.detach()) < 1e-13
-
-
 def test_mini_batches_pass_through_the_whole_set_before_they_repeat() -> None:
     x = torch.arange(10.0)
     batches = mini_batches(Episode((x, x), (x, x)), 5)
@@ -245,7 +233,8 @@ class TestConformance:
         assert after < before
 
 
-FIRST_ORDER = {"fomaml", "maml-pp-annealed"}  # they have tests of their own, as have those with no objective
+# They have tests of their own, as have those with no objective.
+FIRST_ORDER = {"fomaml", "learned-optimizer", "maml-pp-annealed"}
 DESCENDING = [n for n, a in sorted(algorithms().items()) if isinstance(a, Bilevel) and n not in FIRST_ORDER]
 
 

@@ -4,8 +4,10 @@ An algorithm is added by writing its file and naming its class here: configurati
 distribution follow from that.
 """
 
+from distmeta.algorithms.cavia import CAVIA
 from distmeta.algorithms.imaml import IMAML
 from distmeta.algorithms.joint import Joint
+from distmeta.algorithms.learned_optimizer import LearnedOptimizer
 from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_pp import MAMLpp
 from distmeta.algorithms.meta_curvature import MetaCurvature
@@ -14,11 +16,14 @@ from distmeta.algorithms.promp import ProMP
 from distmeta.algorithms.protomaml import ProtoMAML
 from distmeta.algorithms.r2d2 import R2D2
 from distmeta.algorithms.reptile import Reptile
+from distmeta.algorithms.warpgrad import WarpGrad
 from distmeta.core.algorithm import MetaAlgorithm
 
 ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
+    "cavia": CAVIA,
     "imaml": IMAML,
     "joint": Joint,
+    "learned-optimizer": LearnedOptimizer,
     "maml": MAML,
     "maml-pp": MAMLpp,
     "meta-curvature": MetaCurvature,
@@ -27,14 +32,17 @@ ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
     "protomaml": ProtoMAML,
     "r2d2": R2D2,
     "reptile": Reptile,
+    "warpgrad": WarpGrad,
 }
 
 __all__ = [
     "ALGORITHMS",
+    "CAVIA",
     "IMAML",
     "MAML",
     "R2D2",
     "Joint",
+    "LearnedOptimizer",
     "MAMLpp",
     "MetaAlgorithm",
     "MetaCurvature",
@@ -42,4 +50,5 @@ __all__ = [
     "ProMP",
     "ProtoMAML",
     "Reptile",
+    "WarpGrad",
 ]

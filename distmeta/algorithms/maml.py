@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated
 
-from distmeta.core.algorithm import Bilevel
-from distmeta.core.inner import SGD, InnerOptimizer, InnerStep, Order, unroll
+from distmeta.algorithms.unrolled import Unrolled
+from distmeta.core.inner import InnerStep
 from distmeta.core.types import MetaParams, Params, Task, TaskLoss
-from distmeta.errors import ConfigError, at_least, positive
+from distmeta.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class MAML(Bilevel):
+class MAML(Unrolled):
     """Learns an initialisation from which a few gradient steps solve a new task.
 
     Inner loop (their eq. 1), K steps on the support set S:  theta_{k+1} = theta_k − α ∇L(theta_k; S),  theta_0 = theta.
@@ -29,21 +29,11 @@ class MAML(Bilevel):
     the network ``conv4``. BOIL (Oh et al., ICLR 2021) adapts all but the head: ``frozen_params: ["classifier.*"]``.
 
     Raises:
-        ConfigError: A setting is out of range, or a pattern matches no parameter of the model.
+        ConfigError: A setting is out of range (see `Unrolled`), or a pattern matches no parameter of the model.
     """
 
-    inner_lr: Annotated[float, "inner learning rate, alpha"] = 0.01
-    inner_steps: Annotated[int, "gradient steps of the inner loop in meta-training, K"] = 1
-    test_inner_steps: Annotated[int | None, "inner steps in evaluation and adaptation; null: inner_steps"] = None
-    first_order: Annotated[bool, "leave out second derivatives (FOMAML): cheaper, often nearly as good"] = False
     adapted_params: Annotated[tuple[str, ...], "name patterns of the parameters that the inner loop moves"] = ("*",)
     frozen_params: Annotated[tuple[str, ...], "name patterns of parameters that it leaves alone"] = ()
-
-    def __post_init__(self) -> None:
-        positive("algorithm.inner_lr", self.inner_lr)
-        at_least("algorithm.inner_steps", self.inner_steps, 1)
-        if self.test_inner_steps is not None:
-            at_least("algorithm.test_inner_steps", self.test_inner_steps, 0)
 
     def init(self, params: Params) -> MetaParams:
         """theta alone."""
@@ -69,28 +59,12 @@ class MAML(Bilevel):
         self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
     ) -> Iterator[InnerStep]:
         """theta_0, theta_1, …, theta_K."""
-        steps = self.inner_steps if step is not None or self.test_inner_steps is None else self.test_inner_steps
-        return unroll(
-            loss,
-            self.start(meta, task, loss),
-            task.support,
-            self.optimizer(meta),
-            steps,
-            order=0 if step is None else self.order(step),
-            adapted=self.moving(meta.model),
-        )
+        start = self.start(meta, task, loss)
+        return self.unroll(loss, start, task.support, step=step, adapted=self.moving(meta.model), state=meta.extra)
 
     def start(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Params:
         """theta_0."""
         return meta.model
-
-    def optimizer(self, meta: MetaParams) -> InnerOptimizer:
-        """The update rule of the inner loop."""
-        return SGD(self.inner_lr)
-
-    def order(self, step: int) -> Order:
-        """The order of the derivatives taken in outer step ``step``."""
-        return 1 if self.first_order else 2
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

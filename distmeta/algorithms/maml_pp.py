@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distmeta.algorithms.maml import MAML
-from distmeta.core.inner import SGD, InnerOptimizer, Order
+from distmeta.core.inner import InnerOptimizer, InnerStep, Order, unroll
 from distmeta.core.types import MetaParams, Metrics, Params, Recorded, Task, TaskLoss
 from distmeta.errors import ConfigError, at_least
 
@@ -28,11 +29,16 @@ class MAMLpp(MAML):
 
     Derivative-order annealing ("DA"): no second derivatives in the first ``first_order_until`` outer steps.
 
-    Its cosine annealing ("CA") is a schedule of the section ``outer``. Per-step batch-norm statistics and parameters
-    ("BNRS", "BNWB") are not offered: networks here normalise by the batch at hand.
+    Per-step batch-norm weights and biases ("BNWB", ``per_step_norm``): normalisation layers have a weight and a bias
+    for each inner step, learned in the outer loop and not adapted in the inner one, as in the authors' configurations.
+    Step k and the query loss after it use those of step k. Layers of normalisation are all whose weight is a vector;
+    their own weights and biases in theta are not used. Steps beyond K use those of step K.
+
+    Its cosine annealing ("CA") is a schedule of the section ``outer``. Per-step running statistics ("BNRS") have no
+    setting: the authors' code collects them, but normalises by the batch at hand throughout, as networks here do.
 
     Raises:
-        ConfigError: A setting is out of range (see `MAML`).
+        ConfigError: A setting is out of range (see `MAML`), or the model has no layers of normalisation to learn.
     """
 
     inner_steps: Annotated[int, "gradient steps of the inner loop in meta-training, K"] = 5
@@ -40,6 +46,7 @@ class MAMLpp(MAML):
     multi_step_until: Annotated[
         int, "outer steps over which the multi-step loss fades into the last step's; 0: off"
     ] = 0
+    per_step_norm: Annotated[bool, "learn normalisation weights and biases for each inner step, and adapt none"] = False
     first_order_until: Annotated[int, "outer steps before second derivatives are taken; 0: from the start"] = 0
 
     def __post_init__(self) -> None:
@@ -48,14 +55,59 @@ class MAMLpp(MAML):
         at_least("algorithm.first_order_until", self.first_order_until, 0)
 
     def init(self, params: Params) -> MetaParams:
-        """theta, and the rates (K,) of each adapted tensor under ``lr.*``."""
-        names = self.moving(params) if self.learn_rates else []
-        rates = {f"lr.{name}": params[name].new_full((self.inner_steps,), self.inner_lr) for name in names}
-        return MetaParams(params, rates)
+        """theta, rates (K,) of adapted tensors under ``lr.*``, and ``norm.*``, (K, C) for the C channels of a layer."""
+        names = self.moving(params)
+        extra: Params = {}
+        if self.learn_rates:
+            extra |= {f"lr.{name}": params[name].new_full((self.inner_steps,), self.inner_lr) for name in names}
+        if self.per_step_norm:
+            if not (own := _normalisation(params)):
+                raise ConfigError(
+                    "algorithm.per_step_norm: the model has no layer of normalisation (weight and bias vectors); "
+                    f"its parameters are {', '.join(params)}"
+                )
+            extra |= {f"norm.{name}": params[name].repeat(self.inner_steps, 1) for name in own}
+        return MetaParams(params, extra)
 
-    def optimizer(self, meta: MetaParams) -> InnerOptimizer:
+    def moving(self, params: Params) -> list[str]:
+        """See `MAML.moving`; what is learned for each step is not adapted."""
+        own = _normalisation(params) if self.per_step_norm else []
+        names = [name for name in super().moving(params) if name not in own]
+        if not names:
+            raise ConfigError("algorithm.per_step_norm leaves no parameter for the inner loop to move")
+        return names
+
+    def inner_loop(
+        self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
+    ) -> Iterator[InnerStep]:
+        """theta_0, theta_1, …, theta_K, each with the normalisation of the step that has led to it."""
+        if not self.per_step_norm:
+            yield from super().inner_loop(meta, task, loss, step=step)
+            return
+        at = InnerStep(meta.model, None, {}, meta.extra)
+        for k in range(self.steps(step)):
+            row = min(k, self.inner_steps - 1)
+            norm = {name[5:]: rows[row] for name, rows in meta.extra.items() if name.startswith("norm.")}
+            path = unroll(
+                loss,
+                at.params | norm,
+                lambda params, _, k=k: task.support(params, k),
+                self.optimizer(),
+                1,
+                order=0 if step is None else self.order(step),
+                adapted=self.moving(meta.model),
+                state=at.state,
+                count=k,
+                recompute=self.recompute,
+            )
+            for at in path if k == 0 else islice(path, 1, None):
+                yield at
+
+    def optimizer(self) -> InnerOptimizer:
         """theta_l ← theta_l − α_{l,k} g_l."""
-        return _Rates(meta.extra, self.inner_steps) if self.learn_rates else SGD(self.inner_lr)
+        if not self.learn_rates:
+            return super().optimizer()
+        return self.rule(lambda state, name, count: state[f"lr.{name}"][min(count, self.inner_steps) - 1])
 
     def order(self, step: int) -> Order:
         """See `MAML.order`; first the order is 1 if it is annealed."""
@@ -81,11 +133,7 @@ class MAMLpp(MAML):
         return torch.stack([v * value for v, value, _ in values]).sum(), values[-1][2]
 
 
-@dataclass(frozen=True)
-class _Rates:
-    extra: Params
-    steps: int
-
-    def step(self, params: Params, gradient: Params, state: Params, count: int) -> tuple[Params, Params]:
-        k = min(count, self.steps) - 1
-        return {name: t - self.extra[f"lr.{name}"][k] * gradient[name] for name, t in params.items()}, state
+def _normalisation(params: Params) -> list[str]:
+    """The names of weights that are vectors, and of the biases beside them."""
+    layers = [name[: -len(".weight")] for name, t in params.items() if name.endswith(".weight") and t.ndim == 1]
+    return [name for layer in layers for name in (f"{layer}.weight", f"{layer}.bias") if name in params]

@@ -22,7 +22,7 @@ class MetaCurvature(MAML):
         MC(g)[o, i, f] = Σ_{p, q, r} M_o[o, p] M_i[i, q] M_f[f, r] g[p, q, r]
 
     (their MC2, of all three factors). A matrix of a linear layer has no M_f, a vector (bias, affine weight) only M_o.
-    All start as identities, so that training starts as MAML.
+    All start as identities, so that training starts as MAML. (Another ``inner_optimizer`` is given MC(g) as gradient.)
 
     Raises:
         ConfigError: See `MAML`.
@@ -37,9 +37,9 @@ class MetaCurvature(MAML):
                     factors[f"mc{axis}.{name}"] = torch.eye(size, dtype=params[name].dtype)
         return MetaParams(params, factors)
 
-    def optimizer(self, meta: MetaParams) -> InnerOptimizer:
+    def optimizer(self) -> InnerOptimizer:
         """theta ← theta − α MC(g)."""
-        return _Curvature(self.inner_lr, meta.extra)
+        return _Curvature(super().optimizer())
 
 
 def _as_three_axes(tensor: Tensor) -> Tensor:
@@ -50,15 +50,14 @@ def _as_three_axes(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Curvature:
-    lr: float
-    extra: Params
+    rule: InnerOptimizer
 
     def step(self, params: Params, gradient: Params, state: Params, count: int) -> tuple[Params, Params]:
-        moved: Params = {}
-        for name, tensor in params.items():
-            g = _as_three_axes(gradient[name])
+        turned: Params = {}
+        for name, tensor in gradient.items():
+            g = _as_three_axes(tensor)
             for axis, equation in enumerate(("op,pif->oif", "iq,oqf->oif", "fr,oir->oif")):
-                if (factor := self.extra.get(f"mc{axis}.{name}")) is not None:
+                if (factor := state.get(f"mc{axis}.{name}")) is not None:
                     g = torch.einsum(equation, factor, g)
-            moved[name] = tensor - self.lr * g.reshape(tensor.shape)
-        return moved, state
+            turned[name] = g.reshape(tensor.shape)
+        return self.rule.step(params, turned, state, count)

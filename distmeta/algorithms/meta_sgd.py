@@ -16,7 +16,8 @@ class MetaSGD(MAML):
     """Learns, beside the initialisation, a learning rate for every parameter: direction and length of the update.
 
     Inner loop:  theta_{k+1} = theta_k − α ∘ ∇L(theta_k; S), with α a tensor like theta,
-    meta-learned with it; it may become negative. The paper takes one step; here the same α serves every step. Every α
+    meta-learned with it; it may become negative. (With another ``inner_optimizer`` its direction takes the place of the
+    gradient.) The paper takes one step; here the same α serves every step. Every α
     starts at ``inner_lr``, where the paper draws the start at random from [0.005, 0.1].
 
     Raises:
@@ -28,14 +29,6 @@ class MetaSGD(MAML):
         rates = {f"lr.{name}": torch.full_like(params[name], self.inner_lr) for name in self.moving(params)}
         return MetaParams(params, rates)
 
-    def optimizer(self, meta: MetaParams) -> InnerOptimizer:
+    def optimizer(self) -> InnerOptimizer:
         """theta ← theta − α ∘ g."""
-        return _Rates(meta.extra)
-
-
-@dataclass(frozen=True)
-class _Rates:
-    extra: Params
-
-    def step(self, params: Params, gradient: Params, state: Params, count: int) -> tuple[Params, Params]:
-        return {name: tensor - self.extra[f"lr.{name}"] * gradient[name] for name, tensor in params.items()}, state
+        return self.rule(lambda state, name, _: state[f"lr.{name}"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
@@ -12,7 +12,6 @@ from distmeta.algorithms.maml import MAML
 from distmeta.core.heads import check_head, features, one_hot
 from distmeta.core.inner import InnerStep
 from distmeta.core.types import MetaParams, Params, Task, TaskLoss
-from distmeta.errors import at_least, positive
 
 ABSENT = -1e4  # a logit whose probability is 0, and which is finite
 
@@ -37,11 +36,7 @@ class ProtoMAML(MAML):
     inner_steps: Annotated[int, "gradient steps of the inner loop in meta-training, K; 0: prototypical network"] = 1
     head: Annotated[str, "name of the model's last layer, an nn.Linear with bias"] = "classifier"
 
-    def __post_init__(self) -> None:
-        positive("algorithm.inner_lr", self.inner_lr)
-        for key in ("inner_steps", "test_inner_steps"):
-            if getattr(self, key) is not None:
-                at_least(f"algorithm.{key}", getattr(self, key), 0)
+    least_steps: ClassVar[int] = 0
 
     def init(self, params: Params) -> MetaParams:
         """theta alone."""

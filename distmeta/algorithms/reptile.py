@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 
 from distmeta.core.algorithm import MetaAlgorithm
-from distmeta.core.inner import SGD, Adam, InnerStep, last, unroll
+from distmeta.core.inner import InnerStep, last, optimizer_of, unroll
 from distmeta.core.seeds import stream
-from distmeta.core.types import Batch, MetaGradient, MetaParams, Params, Task, TaskLoss
+from distmeta.core.types import Batch, MetaGradient, MetaParams, Params, Support, Task, TaskLoss
 from distmeta.errors import at_least, positive
 
 MANY = 10**9  # updates after which Adam's bias correction is 1
@@ -56,7 +56,7 @@ class Reptile(MetaAlgorithm):
     def _unroll(
         self, meta: MetaParams, task: Task, loss: TaskLoss, steps: int, batch_size: int | None, count: int
     ) -> Iterator[InnerStep]:
-        optimizer = Adam(self.inner_lr) if self.inner_optimizer == "adam" else SGD(self.inner_lr)
+        optimizer = optimizer_of(self.inner_optimizer, self.inner_lr)
         batches = mini_batches(task, batch_size)
         return unroll(loss, meta.model, batches, optimizer, steps, state=meta.extra, count=count)
 
@@ -79,7 +79,7 @@ class Reptile(MetaAlgorithm):
         return MetaGradient(difference, end.metrics | {"loss": end.loss})
 
 
-def mini_batches(task: Task, size: int | None) -> Callable[[Params, int], Batch]:
+def mini_batches(task: Task, size: int | None) -> Support:
     """The support set of ``task`` in mini-batches of ``size``, shuffled anew at each pass through it.
 
     The shuffle of pass e is one permutation for all tasks, drawn from a stream named by e: tasks come in random order

@@ -22,7 +22,10 @@ class MetaAlgorithm(ABC):
     """
 
     def init(self, params: Params) -> MetaParams:
-        """The meta-parameters at the start of meta-training, from the model's initial parameters."""
+        """The meta-parameters at the start of meta-training, from the model's initial parameters.
+
+        Random numbers come from torch's global generator, which a run seeds.
+        """
         return MetaParams(params, {})
 
     @abstractmethod

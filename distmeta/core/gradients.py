@@ -30,6 +30,11 @@ def function_transforms() -> Generator[None]:
         _transforms.reset(token)
 
 
+def transforming() -> bool:
+    """Whether `function_transforms` is in force."""
+    return _transforms.get()
+
+
 def grad_and_value(
     function: Callable[[Params], tuple[Tensor, Metrics]], params: Params, *, create_graph: bool
 ) -> tuple[Params, Tensor, Metrics]:
@@ -49,10 +54,10 @@ def grad_and_value(
         if not create_graph:
             gradient = {name: tensor.detach() for name, tensor in gradient.items()}
     else:
-        if create_graph:  # views are variables of their own, where one parameter was computed from another
-            params = {name: tensor.view_as(tensor) for name, tensor in params.items()}
-        else:
-            params = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+        params = {  # views are variables of their own, where one parameter was computed from another
+            name: tensor.view_as(tensor) if create_graph and tensor.requires_grad else tensor.detach().requires_grad_()
+            for name, tensor in params.items()
+        }
         with torch.enable_grad():
             value, metrics = function(params)
             tensors = torch.autograd.grad(

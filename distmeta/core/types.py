@@ -23,6 +23,9 @@ Batch = tuple[Tensor, ...]
 TaskLoss = Callable[[Params, Batch], tuple[Tensor, Metrics]]
 """L_T(theta; D): a pure function of parameters and data to a scalar loss and metrics."""
 
+Support = Callable[[Params, int], Batch]
+"""From parameters and the number of the inner step (from 0) to support data."""
+
 Split = Literal["train", "val", "test"]
 """Meta-training, meta-validation and meta-test: disjoint sets of tasks, not of examples of one task."""
 
