@@ -47,10 +47,10 @@ def _options(component: Component, target: Any, section: str, indent: str) -> li
             lines.append(f"{indent}of:  # {docs[name]}")
             for part, settings in option.items():
                 inner = Component.model_validate(settings)
-                lines += [f"{indent}  {part}:", f"{indent}    use: {inner.use}"]
-                lines += _options(
-                    inner, find(f"{section}.of.{part}.use", inner.use, REGISTRIES[section]), section, indent + "    "
-                )
+                kind = find(f"{section}.of.{part}.use", inner.use, REGISTRIES[section])
+                about = (kind.__doc__ or "").strip().partition("\n")[0]
+                lines += [f"{indent}  {part}:  # {about}", f"{indent}    use: {inner.use}  # as {section}.use"]
+                lines += _options(inner, kind, section, indent + "    ")
         else:
             lines.append(_line(indent, name, option, docs.get(name, "")))
     return lines
