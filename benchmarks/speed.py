@@ -1,6 +1,6 @@
 """Tasks a second in meta-training, against the ways in which PyTorch's users do it.
 
-    python benchmarks/speed.py [WORKLOAD ...] [--rounds 7] [--tasks 32] [--sides loop higher ...]
+    python benchmarks/speed.py [WORKLOAD ...] [--rounds 7] [--tasks 32] [--threads 1] [--sides loop higher ...]
 
 Sides, each in a process of its own, which take turns with one meta-batch each:
 
@@ -10,9 +10,14 @@ Sides, each in a process of its own, which take turns with one meta-batch each:
 - ours-1: distmeta in one process, one thread;
 - ours: distmeta with a worker of one thread for each core.
 
-Before anything is timed, the mean meta-gradients of the first meta-batch are compared. Printed are the median of tasks
-a second, the ratio to the first side in the same round (median, least and greatest), and the memory that the side's
-process took at its peak (for ``ours`` that is the driver). A side whose library is not installed is left out.
+With ``--threads 1`` the first three have one thread as well: then processor time, which hardly depends on what else the
+machine does, is what to compare.
+
+Before anything is timed, the mean meta-gradients of the first meta-batch are compared (they agree to 1%: single
+precision through two derivatives; the tests compare in double). Printed are the median of tasks a second, the ratio to
+the first side in the same round (median, least and greatest), the processor time of a task, and the memory that the
+side's process took at its peak (for ``ours`` these two are of the driver alone). A side whose library is not installed
+is left out.
 """
 
 from __future__ import annotations
@@ -205,15 +210,17 @@ def ours(workload: Workload, workers: int, tasks: int) -> Iterator[Callable[[int
         yield lambda step: reduce_mean(at_work.map("meta_gradient", vector, shards(step), shards(step + 1)))
 
 
-def child(pipe: Any, side: str, name: str, tasks: int) -> None:
-    """One side: answers step numbers with (seconds, mean meta-gradient), and None with its peak memory in MiB."""
+def child(pipe: Any, side: str, name: str, tasks: int, threads: int | None) -> None:
+    """One side: answers step numbers with (seconds, processor seconds, mean meta-gradient), None with its peak MiB."""
     workload = WORKLOADS[name]
+    if threads is not None:
+        torch.set_num_threads(threads)
 
     def serve(run: Callable[[int], np.ndarray]) -> None:
         while (step := pipe.recv()) is not None:
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             gradient = run(step)
-            pipe.send((time.perf_counter() - start, gradient))
+            pipe.send((time.perf_counter() - start, time.process_time() - processor, gradient))
         pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
     if side.startswith("ours"):
@@ -232,32 +239,36 @@ def child(pipe: Any, side: str, name: str, tasks: int) -> None:
     serve(run)
 
 
-def measure(name: str, sides: list[str], rounds: int, tasks: int) -> None:
+def measure(name: str, sides: list[str], rounds: int, tasks: int, threads: int | None) -> None:
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Any] = {}
     for side in sides:
         pipes[side], other = context.Pipe()
-        context.Process(target=child, args=(other, side, name, tasks), daemon=side != "ours").start()
+        context.Process(target=child, args=(other, side, name, tasks, threads), daemon=side != "ours").start()
 
-    def turn(side: str, step: int) -> tuple[float, np.ndarray]:
+    def turn(side: str, step: int) -> tuple[float, float, np.ndarray]:
         pipes[side].send(step)
         return pipes[side].recv()
 
-    first = {side: turn(side, 0)[1] for side in sides}
+    first = {side: turn(side, 0)[2] for side in sides}
     reference = first[sides[0]]
     for side, gradient in first.items():
         error = float(np.linalg.norm(gradient - reference) / np.linalg.norm(reference))
-        assert error < 1e-3, f"{name}: the meta-gradient of {side} differs by {error:.1e}"
+        assert error < 1e-2, f"{name}: the meta-gradient of {side} differs by {error:.1e}"
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    processor: dict[str, list[float]] = {side: [] for side in sides}
     for step in range(1, rounds + 1):
         for side in sides:
-            seconds[side].append(turn(side, step)[0])
+            wall, own, _ = turn(side, step)
+            seconds[side].append(wall)
+            processor[side].append(own)
     for side in sides:
         pipes[side].send(None)
         ratios = sorted(a / b for a, b in zip(seconds[sides[0]], seconds[side], strict=True))
         rate = tasks / statistics.median(seconds[side])
         spread = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        print(f"| {name} | {side} | {rate:,.1f} | {spread} | {pipes[side].recv():,.0f} |", flush=True)
+        own = 1000 * statistics.median(processor[side]) / tasks
+        print(f"| {name} | {side} | {rate:,.1f} | {spread} | {own:.1f} | {pipes[side].recv():,.0f} |", flush=True)
 
 
 def main() -> None:
@@ -267,6 +278,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tasks", type=int, default=32, help="tasks of a meta-batch")
+    parser.add_argument("--threads", type=int, help="threads of the sides that are not ours; default: all cores")
     parser.add_argument("--sides", nargs="+", default=[*THEIRS, "ours-1", "ours"])
     arguments = parser.parse_args()
     for name in arguments.workloads:
@@ -276,9 +288,13 @@ def main() -> None:
         side for side in arguments.sides if side not in ("higher", "torchopt") or importlib.util.find_spec(side)
     ]
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
-    print("| workload | side | tasks/s | ratio to the first side | MiB at most |\n|---|---|---|---|---|")
+    print(
+        "| workload | side | tasks/s | ratio to the first side | processor ms a task | MiB at most |\n"
+        + "|---" * 6
+        + "|"
+    )
     for name in arguments.workloads:
-        measure(name, installed, arguments.rounds, arguments.tasks)
+        measure(name, installed, arguments.rounds, arguments.tasks, arguments.threads)
 
 
 if __name__ == "__main__":
