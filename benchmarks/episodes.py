@@ -27,7 +27,8 @@ from distmeta.core.seeds import stream
 from distmeta.distributed.work import Shard
 from distmeta.errors import DistmetaError
 from distmeta.experiment import assemble
-from distmeta.tasks.datasets import DataTasks, ExampleSet
+from distmeta.tasks.cache import ExampleSet
+from distmeta.tasks.datasets import DataTasks
 from distmeta.tasks.folders import ImageFolder
 
 CLASS = 20

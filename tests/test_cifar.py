@@ -15,8 +15,9 @@ from PIL import Image
 from distmeta.core.seeds import stream
 from distmeta.errors import DataError
 from distmeta.tasks import cifar
+from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.cifar import CifarFS
-from distmeta.tasks.datasets import SPLITS, ExampleSet
+from distmeta.tasks.splits import SPLITS
 
 
 @pytest.fixture(scope="module")

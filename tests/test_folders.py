@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from distmeta.cli import app
 from distmeta.core.seeds import stream
 from distmeta.errors import ConfigError, DataError
-from distmeta.tasks import datasets, folders
+from distmeta.tasks import cache, datasets, folders
 from distmeta.tasks.folders import ImageFolder
 from distmeta.tasks.pictures import photo_pixels
 from distmeta.tasks.splits import SPLITS, by_fractions
@@ -148,8 +148,8 @@ def test_pieces_make_the_whole(things: Path, monkeypatch: pytest.MonkeyPatch, tm
     whole = own(things).dataset
     monkeypatch.setenv("DISTMETA_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(folders, "_BLOCK", 3)
-    monkeypatch.setattr(datasets, "_WHOLE", 1 << 12)  # as if the array were large
-    monkeypatch.setattr(datasets, "_PIECE", 1 << 10)
+    monkeypatch.setattr(cache, "_WHOLE", 1 << 12)  # as if the array were large
+    monkeypatch.setattr(cache, "_PIECE", 1 << 10)
     pieces = own(things).dataset
     assert np.array_equal(whole.examples, pieces.examples) and whole.names == pieces.names
     damaged = next((tmp_path / "other").glob("*.npy"))

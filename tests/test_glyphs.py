@@ -14,8 +14,8 @@ import pytest
 from distmeta.core.seeds import stream
 from distmeta.errors import DataError
 from distmeta.tasks import glyphs
-from distmeta.tasks.datasets import SPLITS
 from distmeta.tasks.glyphs import EXAMPLES, SCRIPTS, Glyphs
+from distmeta.tasks.splits import SPLITS
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ import pytest
 from distmeta.core.seeds import stream
 from distmeta.errors import DataError
 from distmeta.tasks import omniglot
-from distmeta.tasks.datasets import SPLITS, ExampleSet
+from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.omniglot import DRAWERS, PARTS, Omniglot
+from distmeta.tasks.splits import SPLITS
 
 
 @pytest.fixture(scope="module")

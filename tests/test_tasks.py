@@ -17,10 +17,11 @@ from torch import Tensor
 from distmeta.core.seeds import stream
 from distmeta.core.types import Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError, StorageError
-from distmeta.tasks.datasets import SPLITS, ExampleSet
+from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.files import atomic_write, cache_dir, default_data_root
 from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.sinusoid import Sinusoid
+from distmeta.tasks.splits import SPLITS
 
 COUNTS = (6, 7, 9)  # of the classes 0, 1, 2, 3, 4, ... in turn
 CLASSES = 24

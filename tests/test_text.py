@@ -19,7 +19,7 @@ import torch
 import distmeta
 from distmeta.core.seeds import stream
 from distmeta.errors import ConfigError, DataError
-from distmeta.tasks.datasets import SPLITS
+from distmeta.tasks.splits import SPLITS
 from distmeta.tasks.tables import texts
 from distmeta.tasks.text import Clinc150, OwnText
 from distmeta.tasks.tokens import PADDING, Bytes, Words, normal, tokenizer_of

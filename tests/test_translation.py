@@ -20,7 +20,7 @@ from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import ConfigError, DataError
 from distmeta.tasks.cldr import CLDRNames
-from distmeta.tasks.datasets import SPLITS
+from distmeta.tasks.splits import SPLITS
 from distmeta.tasks.tokens import PADDING
 from distmeta.tasks.translation import ParallelText, batch_of, decode, encode_pairs, greedy, pairs_of, scores
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from distmeta.core.types import Split
 from distmeta.errors import DataError
-from distmeta.tasks.datasets import ExampleSet
+from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.files import download
 from distmeta.tasks.images import FewShotImages
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from distmeta.core.types import Split
 from distmeta.errors import DataError, at_least
-from distmeta.tasks.datasets import Block, some, told
+from distmeta.tasks.cache import Block
+from distmeta.tasks.datasets import some, told
 from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.pictures import Fit, Pixels, photo_pixels, to_floats
 from distmeta.tasks.splits import (

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split
 from distmeta.errors import DataError
-from distmeta.tasks.datasets import ExampleSet
+from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.images import FewShotImages
 from distmeta.tasks.pictures import Pixels
 

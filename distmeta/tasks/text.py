@@ -19,7 +19,8 @@ from torch import Tensor
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split, TaskSpec
 from distmeta.errors import ConfigError, DataError
-from distmeta.tasks.datasets import ExampleSet, FewShotClasses, told
+from distmeta.tasks.cache import ExampleSet
+from distmeta.tasks.datasets import FewShotClasses, told
 from distmeta.tasks.files import download
 from distmeta.tasks.own import OwnClasses
 from distmeta.tasks.splits import (

@@ -21,7 +21,8 @@ from torch import Tensor
 from distmeta.core.pretrained import MISSING
 from distmeta.core.types import Batch, Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError
-from distmeta.tasks.datasets import DataTasks, ExampleSet
+from distmeta.tasks.cache import ExampleSet
+from distmeta.tasks.datasets import DataTasks
 from distmeta.tasks.own import Predict, Predictions
 from distmeta.tasks.splits import SPLITS
 from distmeta.tasks.tables import read_text, rows
