@@ -203,8 +203,8 @@ def test_no_run(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("nonsense", "nonsense"),
-        ("[1]", "no known kind"),
-        ('{"kind": "other"}', "no known kind"),
+        ("[1]", "no record with a kind"),
+        ('{"kind": "other"}', "no record with a kind"),
         ('{"kind": "train", "step": 1}', "loss"),
         ('{"kind": "val", "step": 1}', "metric"),
         ("\udcff", "is damaged"),
@@ -235,7 +235,7 @@ def test_damaged_checkpoint_costs_its_picture_only(copy: RunFolder) -> None:
         path.write_bytes(b"")
     page = report([copy])
     assert pictures_of(page) == set(COMPARED)
-    assert "missing or damaged" in Page(page).text
+    assert "is damaged" in Page(page).text
 
 
 def test_page_that_cannot_be_written(runs: dict[str, RunFolder], tmp_path: Path) -> None:

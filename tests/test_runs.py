@@ -320,7 +320,9 @@ def test_a_checkpoint_of_another_model_is_refused(trained: RunFolder, tmp_path: 
     shutil.copytree(trained.path, copy)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("filters: 8", "filters: 16"))
-    with pytest.raises(CheckpointError, match=r"does not fit the model: model\.features\.0\.weight is \(8, 1, 3, 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model: model\.features\.0\.conv\.weight is \(8, 1, 3, 3\)"
+    ):
         distmeta.resume(copy)
     with pytest.raises(CheckpointError, match="does not fit the model"):
         distmeta.evaluate(copy)
