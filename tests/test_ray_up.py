@@ -159,7 +159,7 @@ def test_up_a_job_through_a_cut_cable_and_down(tmp_path: Path, job: Path) -> Non
             assert "of 60 outer steps" in page.run("ray exec")
             said, _ = running.communicate(timeout=200)
             assert running.returncode == 0, said
-            noticed = r"lines worker \d+ on 10\.77\.0\.3 was lost|take long: an idle worker does them as well"
+            noticed = r"lines worker \d+ on 10\.77\.0\.3.* was lost|take long on .*: an idle worker does them as well"
             assert re.search(noticed, said), said
             assert "succeeded" in said
             (name,) = set(re.findall(r"raysubmit_\w+", said))
