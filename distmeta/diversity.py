@@ -48,7 +48,7 @@ def diversity(
     if tasks_compared < 3:
         raise ConfigError(f"--tasks must be at least 3, for there to be pairs and an interval; given: {tasks_compared}")
     run = RunFolder.open(path)
-    settings = run.config(overrides, may_change=("scaling.", "data_root="))
+    settings = run.config(overrides, may_change=("scaling", "data_root"))
     experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
     problem = experiment.problem
     vector = problem.layout.pack(restore(run, experiment, checkpoint))

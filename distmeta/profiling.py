@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
+from distmeta.adaptation import restore
 from distmeta.core.loss import Criterion
 from distmeta.core.types import TaskDistribution
 from distmeta.distributed.work import shards_of
 from distmeta.errors import RunError
 from distmeta.experiment import MetaAlgorithm, assemble
-from distmeta.outer import OuterLoop
 from distmeta.runs import RunFolder, storage_errors
 
 DRIVER = ("map", "reduce", "outer", "checkpoint")
@@ -84,16 +84,14 @@ def profile(
     experiment = assemble(run.config(), model=model, loss=loss, tasks=tasks, algorithm=algorithm)
     problem, settings = experiment.problem, experiment.config.train
     problem.check_device()
-    saved = run.checkpoint(checkpoint)
-    outer = OuterLoop(experiment.config.outer, experiment.initial, problem.layout)
-    outer.restore(saved.params, saved.tensors, saved.state["outer"])
-    shard = shards_of("train", outer.step, settings.meta_batch_size, settings.shard_size)[0]
+    vector = problem.layout.pack(restore(run, experiment, checkpoint))
+    shard = shards_of("train", lines[-1]["step"], settings.meta_batch_size, settings.shard_size)[0]
     on_gpu = problem.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    problem.run("meta_gradient", outer.vector(), shard)  # once before: kernels are compiled, memory is taken
+    problem.run("meta_gradient", vector, shard)  # once before: kernels are compiled, memory is taken
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler speaks of GPUs that are not there
     with torch.profiler.profile(activities=activities) as profiler:
-        problem.run("meta_gradient", outer.vector(), shard)
+        problem.run("meta_gradient", vector, shard)
     operations = [
         (event.key, event.count, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6)
         for event in profiler.key_averages()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import distmeta
 from distmeta import MAML, RunFolder
 from distmeta.algorithms import ALGORITHMS
 from distmeta.config import Scaling
-from distmeta.distributed.executor import InProcess
+from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.ray import RayPool
 from distmeta.distributed.work import shards_of
 from distmeta.errors import NumericalError, ResourceError, WorkerError
@@ -82,6 +84,31 @@ def test_every_algorithm_keeps_the_law(name: str, tmp_path: Path, ray_cluster: N
 @pytest.fixture
 def small():
     return problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Blobs())
+
+
+def test_killed_workers_change_nothing(small, ray_cluster: None) -> None:
+    problem, theta = small
+    steps = [shards_of("train", step, 12, 2) for step in range(30)]
+    expected = [reduce_mean(InProcess(problem).map("meta_gradient", theta, shards)) for shards in steps]
+    with RayPool(problem, Scaling(num_workers=2), most=6) as pool:
+        done = threading.Event()
+
+        def kill_now_and_then() -> None:
+            while not done.wait(1.0):
+                for process in [worker.process for worker in pool._workers.values()][:1]:
+                    os.kill(process, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_now_and_then)
+        killer.start()
+        try:
+            deadline = time.monotonic() + 120
+            while pool.retries < 4 and time.monotonic() < deadline:
+                for shards, wanted in zip(steps, expected, strict=True):
+                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards)), wanted)
+        finally:
+            done.set()
+            killer.join()
+        assert pool.retries >= 4
 
 
 class Poison(Blobs):

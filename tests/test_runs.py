@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -376,6 +377,29 @@ def test_a_run_without_a_whole_checkpoint_can_begin_again(trained: RunFolder, tm
     again = cli("train", command[2], f"run_dir={tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
     assert digest(tmp_path / "again", 6) == digest(trained.path, 6)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this machine does not let its root mount a file system")
+    try:
+        run = disk / "run"
+        settings = [*TINY, "train.steps=100", "evaluation.tasks=0", "validation.every=0", "train.log_every=100"]
+        settings += ["model.filters=24", "checkpoint.every=1", "checkpoint.keep_last=100", f"run_dir={run}"]
+        done = cli("train", *settings)
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert "is whole; free some space, then resume" in done.stderr
+        assert "Traceback" not in done.stderr
+        steps = checkpoint.steps(run / "checkpoints")
+        assert len(steps) >= 1
+        assert not list((run / "checkpoints").glob(".writing-*"))
+        RunFolder.open(run).checkpoint("last")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_failing_step_saves_the_one_before(tmp_path: Path) -> None:

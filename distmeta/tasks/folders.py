@@ -24,7 +24,7 @@ from distmeta.errors import DataError, at_least
 from distmeta.tasks.cache import Block
 from distmeta.tasks.datasets import some, told
 from distmeta.tasks.images import FewShotImages
-from distmeta.tasks.pictures import Fit, Pixels, photo_pixels, to_floats
+from distmeta.tasks.pictures import Fit, Pixels, photo_pixels, quietly, to_floats
 from distmeta.tasks.splits import (
     ALIASES,
     SPLITS,
@@ -105,7 +105,8 @@ class FolderImages(FewShotImages):
                 yield Block(name, nothing, [])
                 for at in range(0, len(files), _BLOCK):
                     chunk = files[at : at + _BLOCK]
-                    read = dict(zip(chunk, pool.map(self._try_pixels, chunk), strict=True))
+                    with quietly():
+                        read = dict(zip(chunk, pool.map(self._try_pixels, chunk), strict=True))
                     broken += [(self._label(file), found) for file, found in read.items() if isinstance(found, str)]
                     whole = {file: found for file, found in read.items() if not isinstance(found, str)}
                     if whole:
@@ -145,7 +146,8 @@ class FolderImages(FewShotImages):
         Raises:
             DataError: the file is missing or is not an image.
         """
-        return to_floats(self._pixels(path)[None])[0]
+        with quietly():
+            return to_floats(self._pixels(path)[None])[0]
 
     def divide(self, names: Sequence[str]) -> Mapping[Split, set[str]]:
         """The classes of each split, where their names do not say it."""

@@ -18,7 +18,14 @@ from distmeta.errors import at_least
 from distmeta.tasks.augment import Transform, augmented, transform_of
 from distmeta.tasks.datasets import FewShotClasses
 from distmeta.tasks.own import OwnClasses
-from distmeta.tasks.pictures import character_pixels, folder_of_classes, folder_of_images, photo_pixels, to_floats
+from distmeta.tasks.pictures import (
+    character_pixels,
+    folder_of_classes,
+    folder_of_images,
+    photo_pixels,
+    quietly,
+    to_floats,
+)
 
 
 @dataclass(eq=False)
@@ -120,4 +127,5 @@ class FewShotImages(FewShotClasses):
             DataError: the file is missing or is not an image.
         """
         read = character_pixels if self.shape[0] == 1 else photo_pixels
-        return self._converted(to_floats(read(path, self.shape[1])[None]))[0]
+        with quietly():
+            return self._converted(to_floats(read(path, self.shape[1])[None]))[0]

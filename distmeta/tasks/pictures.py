@@ -32,8 +32,11 @@ def to_floats(pixels: Pixels) -> Tensor:
 
 
 @contextmanager
-def _quietly() -> Generator[None]:
-    """Without Pillow's warnings of what it does not understand: a picture can be read, or it cannot."""
+def quietly() -> Generator[None]:
+    """Without Pillow's warnings of what it does not understand: a picture can be read, or it cannot.
+
+    For the thread that has others decode, and not for these: filters of warnings are the whole process's.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -46,7 +49,7 @@ def load_image(source: Path | bytes, label: str) -> Image.Image:
         DataError: there is no such file, it is not a whole image, or its pixels are neither of 8 nor of 16 bits.
     """
     try:
-        with _quietly(), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             if picture.width * picture.height > _PIXELS:  # a file of some kilobytes may hold any number of them
                 raise DataError(
                     f"{label} has {picture.width} x {picture.height} pixels, more than {_PIXELS}: make it smaller"
