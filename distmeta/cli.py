@@ -311,24 +311,11 @@ def replay(
 def profile(run: Run, checkpoint: Which = "last") -> None:
     """Shows where a run's time has gone, and what one task shard spends it on in this process."""
     from rich.console import Console
-    from rich.table import Table
 
     from distmeta.profiling import profile as measure
 
     seen = measure(run, checkpoint)
-    wall, computed = sum(seen.driver.values()), sum(seen.workers.values())
-    steps = Table("outer step", "ms", "share", title=f"{1000 * wall:.1f} ms, the mean of {seen.steps:,}")
-    for part, name in (("map", "waiting for shards"), ("reduce", "summing them"), ("outer", "outer update")):
-        steps.add_row(name, f"{1000 * seen.driver[part]:.2f}", f"{seen.driver[part] / wall:.1%}")
-    steps.add_row("checkpoint", f"{1000 * seen.driver['checkpoint']:.2f}", f"{seen.driver['checkpoint'] / wall:.1%}")
-    workers = Table("workers", "ms a step", "share", title=f"{seen.concurrency:.2f} shards computed at a time")
-    for part, value in sorted(seen.workers.items(), key=lambda item: -item[1]):
-        workers.add_row(part, f"{1000 * value:.2f}", f"{value / computed:.1%}")
-    total = sum(seconds for *_, seconds in seen.operations)
-    shard = Table("operation", "calls", "ms", "share", title=f"one shard here: {1000 * total:.1f} ms")
-    for name, calls, seconds in seen.operations[:15]:
-        shard.add_row(name, str(calls), f"{1000 * seconds:.2f}", f"{seconds / total:.1%}")
-    for table in (steps, workers, shard):
+    for table in seen.tables():
         Console().print(table)
     print(f"the whole course of the shard, for https://ui.perfetto.dev: {seen.trace}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity
 
@@ -20,8 +21,13 @@ from distmeta.errors import RunError
 from distmeta.experiment import MetaAlgorithm, assemble
 from distmeta.runs import RunFolder, storage_errors
 
-DRIVER = ("map", "reduce", "outer", "checkpoint")
-"""The parts of an outer step, which the driver does one after the other; ``map`` is waiting for the shards."""
+DRIVER = {
+    "map": "waiting for shards",
+    "reduce": "summing them",
+    "outer": "outer update",
+    "checkpoint": "checkpoint",
+}
+"""The parts of an outer step, which the driver does one after the other, and what people call them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,21 @@ class Profile:
         """How many shards were computed at a time, on average over outer steps: at best, the number of workers."""
         wall = sum(self.driver.values())
         return sum(self.workers.values()) / wall if wall else 0.0
+
+    def tables(self, most: int = 15) -> list[Table]:
+        """For people: the outer step, the workers, and the ``most`` operations that take longest."""
+        wall, computed = sum(self.driver.values()), sum(self.workers.values())
+        steps = Table("outer step", "ms", "share", title=f"{1000 * wall:.1f} ms, the mean of {self.steps:,}")
+        for part, value in self.driver.items():
+            steps.add_row(DRIVER[part], f"{1000 * value:.2f}", f"{value / wall:.1%}")
+        workers = Table("workers", "ms a step", "share", title=f"{self.concurrency:.2f} shards computed at a time")
+        for part, value in sorted(self.workers.items(), key=lambda item: -item[1]):
+            workers.add_row(part, f"{1000 * value:.2f}", f"{value / computed:.1%}")
+        total = sum(seconds for *_, seconds in self.operations)
+        shard = Table("operation", "calls", "ms", "share", title=f"one shard here: {1000 * total:.1f} ms")
+        for name, calls, seconds in self.operations[:most]:
+            shard.add_row(name, str(calls), f"{1000 * seconds:.2f}", f"{seconds / total:.1%}")
+        return [steps, workers, shard]
 
 
 def per_step(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +29,7 @@ from distmeta.metrics import MetricsLog
 from distmeta.outer import OuterLoop, check_constants
 from distmeta.progress import Progress
 from distmeta.runs import MAY_CHANGE, RunFolder, covered, differences
+from distmeta.stopping import StopSignal
 
 log = logging.getLogger("distmeta")
 
@@ -329,7 +328,7 @@ class Training:
             "steps": config.train.steps,
             "seconds": metrics.total_seconds(),
             "tasks_per_second": metrics.tasks_per_second(),
-            "versions": {name: version(name) for name in ("distmeta", "torch", "numpy", "ray")}
+            "versions": {name: version(name) for name in ("distmeta", "torch", "numba", "numpy", "ray")}
             | {"python": platform.python_version()},
         }
         tasks, shard_size = config.evaluation.tasks, config.evaluation.shard_size
@@ -386,28 +385,3 @@ class Clock:
         now = time.perf_counter()
         self.seconds[part] = now - self._last
         self._last = now
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask for a stop after the step at hand; a second one, or ``at_once``, interrupts."""
-
-    requested = False
-    at_once = False
-    notice = "stopping after this step; a second signal ends at once"
-
-    def __enter__(self) -> StopSignal:
-        self._before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._stop)
-        return self
-
-    def _stop(self, number: int, frame: object) -> None:
-        if self.requested or self.at_once:
-            raise KeyboardInterrupt
-        self.requested = True
-        log.warning(self.notice)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -429,7 +429,9 @@ def test_the_reading_says_what_is_so(directions: list[int], said: str) -> None:
 
 def test_diversity_of_a_run(mixed: RunFolder, tmp_path: Path) -> None:
     run = RunFolder(shutil.copytree(mixed.path, tmp_path / "run"))
-    said = invoke("diversity", run.path, "--tasks", 8, "scaling.num_workers=0", "scaling.shard_timeout=200", "--checkpoint", "3")
+    said = invoke(
+        "diversity", run.path, "--tasks", 8, "scaling.num_workers=0", "scaling.shard_timeout=200", "--checkpoint", "3"
+    )
     assert said.startswith("exit 0\n8 training tasks at step 3") and "are in conflict" in said
     found = Similarity.model_validate_json((run.path / "diversity.json").read_bytes())
     # against gradients taken one by one

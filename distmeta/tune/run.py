@@ -43,7 +43,7 @@ from distmeta.evaluation import describe, evaluate_tasks, finals
 from distmeta.experiment import assemble
 from distmeta.mirror import is_url
 from distmeta.runs import RunFolder, storage_errors
-from distmeta.training import StopSignal
+from distmeta.stopping import StopSignal
 from distmeta.tune.files import load_search
 from distmeta.tune.live import Live, name_of
 from distmeta.tune.report import settings_text, write_report
