@@ -11,6 +11,8 @@ from distmeta.core.inner import InnerOptimizer, InnerStep, Order, Rate, Rule, op
 from distmeta.core.types import Params, Support, TaskLoss
 from distmeta.errors import ConfigError, at_least, positive
 
+EPS = 1e-8  # of Adam, as its paper has it
+
 
 @dataclass(frozen=True)
 class Unrolled(Bilevel):
@@ -32,7 +34,7 @@ class Unrolled(Bilevel):
     test_inner_steps: Annotated[int | None, "inner steps in evaluation and adaptation; null: inner_steps"] = None
     inner_optimizer: Annotated[Rule, "update rule of the inner loop: sgd, nesterov or adam"] = "sgd"
     inner_momentum: Annotated[float, "momentum of sgd and nesterov, beta1 of adam; 0: none"] = 0.0
-    inner_eps: Annotated[float, "what adam adds to the root of the second moment"] = 1e-8
+    inner_eps: Annotated[float, "what adam adds to the root of the second moment"] = EPS
     first_order: Annotated[bool, "leave out second derivatives (FOMAML): cheaper, often nearly as good"] = False
     recompute: Annotated[bool, "memory of one inner step for one more forward and backward pass of each"] = False
 
@@ -48,6 +50,11 @@ class Unrolled(Bilevel):
             raise ConfigError(f"algorithm.inner_momentum must be from 0 to less than 1; given: {self.inner_momentum}")
         if self.inner_optimizer == "nesterov" and not self.inner_momentum:
             raise ConfigError("algorithm.inner_optimizer: nesterov needs algorithm.inner_momentum, for example 0.9")
+        if self.inner_optimizer != "adam" and self.inner_eps != EPS:
+            raise ConfigError(
+                f"algorithm.inner_eps={self.inner_eps} is a setting of adam; algorithm.inner_optimizer is "
+                f"{self.inner_optimizer}, which has none"
+            )
 
     def unroll(
         self,

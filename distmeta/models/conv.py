@@ -12,7 +12,10 @@ from distmeta.models.fused import conv2d, norm_relu_pool
 
 
 class ConvBlock(nn.Module):
-    """3×3 convolution, batch-norm by the statistics of the batch at hand, ReLU, and ``window`` × ``window`` pooling."""
+    """3×3 convolution, batch-norm by the statistics of the batch at hand, ReLU, and ``window`` × ``window`` pooling.
+
+    ``conv`` and ``norm`` hold parameters; they are not called themselves, and neither are hooks on them.
+    """
 
     def __init__(self, channels: int, filters: int, stride: int, window: int) -> None:
         super().__init__()
