@@ -56,7 +56,7 @@ def test_a_run_folder_holds_what_the_design_says(trained: RunFolder) -> None:
     summary = trained.summary()
     assert summary["steps"] == 6
     assert summary["tasks_per_second"] > 0
-    assert {"torch", "ray", "distmeta", "numpy", "python"} == set(summary["versions"])
+    assert {"torch", "ray", "distmeta", "numpy", "numba", "python"} == set(summary["versions"])
     test = summary["test"]
     assert test["tasks"] == 12
     assert test["transductive"] is True
