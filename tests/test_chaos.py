@@ -29,6 +29,7 @@ def test_each_fault_once_changes_no_bit() -> None:
         "worker stopped",
         "worker slowed",
         "node killed",
+        "node drained",
         "driver killed",
     }
     assert found["survived"].keys() >= expected | {"driver interrupted", "checkpoint damaged"}

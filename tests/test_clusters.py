@@ -72,6 +72,16 @@ def test_automatic_workers_follow_a_cluster_that_grows(nodes: Nodes) -> None:
     assert (found["before"], found["after"], found["same_bits"]) == (2, 5, True)
 
 
+def test_workers_leave_a_node_that_is_drained_and_lose_nothing(nodes: Nodes) -> None:
+    found = nodes.run("drain")
+    assert found["accepted"]
+    assert found["gone"], "the node ends by itself, long before the end of its notice"
+    assert (found["workers"], found["stayed"]) == (2, 0)
+    assert found["retries"] == 0, "no shard was lost"
+    assert found["same_bits"]
+    assert sum("leaves: its node is drained" in line for line in found["said"]) == 2
+
+
 def test_each_worker_sees_the_gpu_that_it_was_given(nodes: Nodes) -> None:
     """Nodes that declare 1, 2 and 4 GPUs, of which this machine has none: what counts is what an actor is told."""
     found = nodes.run("gpus")

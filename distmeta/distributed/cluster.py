@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import ray
+from ray._private.state import state as gcs
 from ray.exceptions import AuthenticationError
 
 from distmeta.config import Scaling
@@ -70,8 +71,15 @@ def amounts(resources: Mapping[str, float]) -> str:
 
 
 def capacity(need: Mapping[str, float]) -> int:
-    """How many bundles of ``need`` the nodes can hold when idle."""
-    return sum(_holds(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    """How many bundles of ``need`` the nodes can hold when idle, but for those that are about to go."""
+    going = draining()
+    staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
+    return sum(_holds(node["Resources"], need) for node in staying)
+
+
+def draining() -> Collection[str]:
+    """The nodes that are about to go: a spot instance that has been given notice, one that is taken down."""
+    return gcs.get_draining_nodes()  # which Ray Train asks too: there is no public name for it
 
 
 def check_room(driver: Mapping[str, float], worker: Mapping[str, float], workers: int) -> None:

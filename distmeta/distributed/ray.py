@@ -11,7 +11,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +29,7 @@ from ray.exceptions import (
 
 from distmeta.config import Scaling
 from distmeta.core.types import Portable
-from distmeta.distributed.cluster import amounts, capacity, connect, demand
+from distmeta.distributed.cluster import amounts, capacity, connect, demand, draining
 from distmeta.distributed.dispatch import QUEUED, Dispatch
 from distmeta.distributed.gauges import Gauges
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work, span
@@ -44,7 +44,7 @@ POLL = 0.5  # seconds between looks at whether a worker hangs or is slow
 HANGS = 10.0  # times what the slowest shard has taken, after which a worker is taken to hang
 DEAD = "They may need more memory than a worker has; lower train.shard_size or the size of a task"
 HUNG = "If they are merely long, raise scaling.shard_timeout, or lower train.shard_size or evaluation.shard_size"
-LOOK = 5.0  # seconds between looks at whether the cluster has grown
+LOOK = 5.0  # seconds between looks at whether the cluster has grown, or nodes are about to go
 SAY = 15.0  # seconds between lines while waiting for workers
 
 
@@ -53,7 +53,8 @@ class RayPool:
 
     A worker is taken into service whenever the cluster has room for it, also in the middle of a call. With
     ``scaling.min_workers`` the pool works as soon as so many are there, and the requests for the others make an
-    autoscaler add nodes; with ``scaling.num_workers`` ``auto`` it asks for more when the cluster has grown.
+    autoscaler add nodes; with ``scaling.num_workers`` ``auto`` it asks for more when the cluster has grown. A worker on
+    a node that is drained ends what it is at and goes, and another one is asked for elsewhere.
 
     Args:
         problem: What to compute.
@@ -92,6 +93,7 @@ class RayPool:
             self._starting: dict[ray.ObjectRef, Any] = {}
             self._fetching: dict[Any, Ready] = {}  # those of the starting ones that wait for data
             self._workers: dict[Any, Ready] = {}
+            self._leaving: set[Any] = set()  # those of them whose nodes are about to go
             self._holders: dict[Shard, Any] = {}  # who has sampled the data of which shard of this step
             self._late: dict[ray.ObjectRef, tuple[Any, float]] = {}  # shards that others have done, and since when
             self._slowest = 0.0  # seconds of a shard
@@ -134,17 +136,33 @@ class RayPool:
         worker: Any = self._actor.options(name=f"{label} ({self._pool})", **self._options).remote(label)
         self._starting[worker.ready.remote(sys.path, self._problem)] = worker
 
-    def _grow(self) -> None:
-        """Asks for more workers if their number is automatic and the cluster has grown."""
-        if self.scaling.num_workers != "auto" or time.monotonic() - self._looked < LOOK:
+    def _look(self) -> None:
+        """Looks now and then at what has become of the cluster, and asks for workers where some are missing."""
+        if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
+        going = draining()
+        for worker, state in self._workers.items():
+            if state.node_id in going and worker not in self._leaving:
+                log.info("%s leaves: its node is drained", self._name_of(worker))
+                self._leaving.add(worker)
         wanted = self._size()
-        for _ in range(wanted - len(self._workers) - len(self._starting) - self._left_out):
+        for _ in range(wanted - len(self._staying()) - len(self._starting) - self._left_out):
             self._add_worker()
         if wanted > self.size:
             log.info("the cluster has room for %d workers now instead of %d", wanted, self.size)
             self.size = wanted
+
+    def _staying(self) -> list[Any]:
+        return [worker for worker in self._workers if worker not in self._leaving]
+
+    def _dismiss(self, round_: Dispatch[Any], busy: Collection[Any]) -> None:
+        """Ends those whose nodes are about to go, when they have done what they were sent and others are there."""
+        if self._staying():
+            for worker in [w for w in self._leaving if not round_.queues.get(w) and w not in busy]:
+                self._leaving.remove(worker)
+                self._workers.pop(worker)
+                ray.kill(worker)
 
     def _wait_for(self, least: int) -> None:
         """Returns once ``least`` workers are in service."""
@@ -244,7 +262,6 @@ class RayPool:
     ) -> list[ShardResult]:
         """See `distmeta.distributed.executor.Executor.map`."""
         start = time.perf_counter()
-        self._grow()
         broadcast = ray.put(vector)
         further = None if second is None else ray.put(second)
         if second is None:
@@ -255,17 +272,17 @@ class RayPool:
         # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
         ahead = {w: upcoming[i :: len(self._workers)][:QUEUED] for i, w in enumerate(self._workers)}
         while round_.missing:
+            self._look()
             busy = {worker for worker, _ in self._late.values()}
-            while (given := round_.next([w for w in self._workers if w not in busy])) is not None:
+            self._dismiss(round_, busy)
+            able = [worker for worker in self._staying() or self._workers if worker not in busy]
+            while (given := round_.next(able)) is not None:
                 worker, index = given
                 slow = [other for other, queue in round_.queues.items() if other != worker and index in queue]
                 self.duplicates += len(slow)
                 for other in slow:
-                    log.info(
-                        "%s take long on %s: an idle worker does them as well",
-                        span(shards[index]),
-                        self._name_of(other),
-                    )
+                    log.info("%s take long on %s: an idle worker does them as well",
+                             span(shards[index]), self._name_of(other))  # fmt: skip
                 running[worker.run.remote(work, broadcast, shards[index], further)] = (worker, index)
             computing = bool(running or self._late)
             done, _ = ray.wait(
@@ -296,12 +313,7 @@ class RayPool:
         return ordered
 
     def _take(
-        self,
-        ref: ray.ObjectRef,
-        worker: Any,
-        index: int,
-        round_: Dispatch[Any],
-        results: dict[int, ShardResult],
+        self, ref: ray.ObjectRef, worker: Any, index: int, round_: Dispatch[Any], results: dict[int, ShardResult]
     ) -> None:
         """Takes in what has come of a shard."""
         try:
@@ -353,7 +365,10 @@ class RayPool:
         where = span(round_.shards[at]) if at is not None else "work that another had done"
         log.warning("%s was lost at %s (%s): another worker redoes them", name, where, why)
         ray.kill(worker)
-        self._add_worker()
+        if worker in self._leaving:
+            self._leaving.remove(worker)  # whose place has been taken
+        else:
+            self._add_worker()
         if at is not None and round_.tries[at] >= TRIES:
             raise WorkerError(f"{where} have lost {TRIES} workers in a row: {why}. {remedy}")
 

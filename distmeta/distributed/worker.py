@@ -28,6 +28,7 @@ class Ready(NamedTuple):
     process: int
     node: str
     """The address of its node."""
+    node_id: str
     hardware: str
     """What it computes on: only equal hardware gives equal bits."""
     has_data: bool
@@ -67,7 +68,8 @@ class Worker:
             pass
         self.node = ray.util.get_node_ip_address()
         has_data = not isinstance(self.problem.tasks, Portable) or self.problem.tasks.at_hand()
-        return Ready(self.label, os.getpid(), self.node, hardware(self.problem.device), has_data)
+        node_id = ray.get_runtime_context().get_node_id()
+        return Ready(self.label, os.getpid(), self.node, node_id, hardware(self.problem.device), has_data)
 
     def take_data(self, data: Any) -> None:
         """Takes the data of the tasks, which the workers of a node share in its object store."""

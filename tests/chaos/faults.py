@@ -56,14 +56,20 @@ def _slow(process: psutil.Process, seconds: float) -> None:
 
 def kill_node(ordeal: Ordeal) -> Hit | None:
     """All processes of a node are ended at once; a new node comes some seconds later."""
-    nodes = sorted(ordeal.cluster.worker_nodes, key=lambda node: node.unique_id)
+    nodes = ordeal.nodes()
     if not nodes:
         return None
     node = ordeal.random.choice(nodes)
-    raylet = next(info.process.pid for info in node.all_processes["raylet"])
-    hit = [process.pid for process in ordeal.workers(99) if process.ppid() == raylet]
+    hit: Hit = [*ordeal.workers_on(node)]
     ordeal.replace_node(node)
     return hit
+
+
+def drain_node(ordeal: Ordeal) -> Hit | None:
+    """A node is given notice, as a spot instance is: its workers leave it and it ends; a new node comes some seconds
+    later."""
+    nodes = ordeal.nodes()
+    return ordeal.drain(ordeal.random.choice(nodes)) if nodes else None
 
 
 def kill_driver(ordeal: Ordeal) -> Hit | None:
@@ -169,12 +175,13 @@ FAULTS: dict[str, Callable[[Ordeal], Hit | None]] = {
     "worker stopped": stop_worker,
     "worker slowed": slow_worker,
     "node killed": kill_node,
+    "node drained": drain_node,
     "driver killed": kill_driver,
     "driver interrupted": interrupt_driver,
     "checkpoint damaged": damage_checkpoint,
     "disk full": fill_disk,
 }
-WEIGHTS = [8, 2, 4, 3, 2, 3, 2, 2, 1]
+WEIGHTS = [8, 2, 4, 3, 2, 2, 3, 2, 2, 1]
 """How often each is drawn in a long run."""
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from .driver import RUNS, Driver, digest
 from .faults import FAULTS, Hit
@@ -21,6 +23,7 @@ from .tasks import PAUSE
 NODES = 1  # beside the head
 PAUSED = 0.15  # seconds that a task takes longer while there are faults to come
 STUCK = 600.0  # seconds without a step
+NOTICE = 120.0  # seconds that a node has left: that much, or less, is what clouds give spot instances
 LOST = re.compile(r"\(process (\d+)\) was lost at (tasks \S+ of step \d+ \(split \w+\))")
 SLOW = re.compile(r"(tasks \S+ of step \d+ \(split \w+\)) take long on .*\(process (\d+)\)")
 REDONE = re.compile(r"(tasks \S+ of step \d+ \(split \w+\)) have been redone")
@@ -66,6 +69,8 @@ class Ordeal:
         self.drivers = [Driver(name, home / f"{name}-{seed}", environment, 2, steps) for name in RUNS]
         self._moved = {driver.name: (0, time.monotonic()) for driver in self.drivers}
         self._due: list[float] = []  # when nodes are to be added
+        self._drained: list[tuple[float, Any]] = []  # since when, and which nodes
+        self._left: list[float] = []  # seconds until they were empty
         self.reached: dict[str, list[tuple[float, int]]] = defaultdict(list)
         """When each run has come to which step."""
 
@@ -95,10 +100,30 @@ class Ordeal:
         if not holds:
             raise Failed(f"{driver.name} {otherwise}\n{driver.last_words()[-3000:]}")
 
+    def nodes(self) -> list[Any]:
+        """The nodes that can be taken away, in the order in which they came."""
+        return [node for node in self.cluster.worker_nodes if node not in (drained for _, drained in self._drained)]
+
+    def workers_on(self, node: Any) -> list[int]:
+        """The processes of a node's workers."""
+        return [process.pid for process in self.workers(99) if process.ppid() == _raylet(node).pid]
+
     def replace_node(self, node: Any) -> None:
         """Ends a node at once, and adds one after a while."""
         self.cluster.remove_node(node, allow_graceful=False)
         self._due.append(time.monotonic() + self.random.uniform(1, 4))
+
+    def drain(self, node: Any) -> list[int]:
+        """Gives a node notice, and adds one after a while; the processes of its workers."""
+        hit, notice = self.workers_on(node), (time.time() + NOTICE) * 1000
+        accepted, why = GcsClient(address=self.cluster.address).drain_node(
+            node.node_id, DRAIN_NODE_REASON_PREEMPTION, "chaos", int(notice)
+        )
+        if not accepted:
+            raise Failed(f"Ray does not drain a node: {why}")
+        self._drained.append((time.monotonic(), node))
+        self._due.append(time.monotonic() + self.random.uniform(1, 4))
+        return hit
 
     # What happens
 
@@ -137,7 +162,7 @@ class Ordeal:
             Failed: A run does not end, ends with an error, or with other parameters.
         """
         self._pause.write_text("0")
-        while not all(driver.done and driver.ended for driver in self.drivers):
+        while self._drained or not all(driver.done and driver.ended for driver in self.drivers):
             self._watch()
         for driver in self.drivers:
             self.expect(driver, driver.process.returncode == 0, f"ended with {driver.process.returncode}")
@@ -152,6 +177,13 @@ class Ordeal:
         if self._due and self._due[0] < now:
             self._due.pop(0)
             add_node(self.cluster)
+        for began, node in list(self._drained):
+            if _raylet(node).poll() is not None:  # it ends by itself when nobody is left on it
+                self._drained.remove((began, node))
+                self._left.append(now - began)
+                self.cluster.remove_node(node)
+            elif now - began > NOTICE:
+                raise Failed(f"a node that was drained is still in use after {NOTICE:.0f} s")
         for driver in self.drivers:
             step = driver.step()
             if step != self._moved[driver.name][0]:
@@ -165,8 +197,8 @@ class Ordeal:
 
     def recoveries(self) -> dict[str, list[float]]:
         """For each kind of fault the seconds from it until the shard that it has hit was redone, or for a driver until
-        its run had come further than before."""
-        found: dict[str, list[float]] = defaultdict(list)
+        its run had come further than before, for a drained node until it was empty."""
+        found: dict[str, list[float]] = defaultdict(list, {"node drained": self._left})
         for driver in self.drivers:
             waiting: dict[str, tuple[float, str]] = {}
             for at, line in driver.said:
@@ -197,6 +229,10 @@ def undisturbed(folder: Path, environment: dict[str, str], steps: int) -> dict[s
         if driver.wait(300) != 0:
             raise Failed(f"the undisturbed run of {driver.name} failed\n{driver.last_words()}")
     return {driver.name: digest(driver.folder) for driver in drivers}
+
+
+def _raylet(node: Any) -> Any:
+    return next(info.process for info in node.all_processes["raylet"])
 
 
 def add_node(cluster: Cluster) -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import ray
 from problems import Blobs, problem_of
+from ray._raylet import GcsClient
 from ray.cluster_utils import AutoscalingCluster, Cluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from distmeta import MAML
 from distmeta.config import Scaling
@@ -158,6 +160,30 @@ def grow(made: Cluster, folder: Path) -> dict:
     return found
 
 
+def drain(made: Cluster, folder: Path) -> dict:
+    """Both workers are on a node that is given notice, while another one comes."""
+    given, theta = problem(Slow())
+    first = made.add_node(num_cpus=2, resources={"drain": 2})
+    with RayPool(given, Scaling(num_workers=2, resources={"drain": 1}), most=TASKS_OF_STEP) as pool:
+        pool._wait_for(2)
+        old = {state.process for state in pool._workers.values()}
+        second = made.add_node(num_cpus=2, resources={"drain": 2})
+        accepted, _ = GcsClient(address=made.address).drain_node(
+            first.node_id, DRAIN_NODE_REASON_PREEMPTION, "notice", int((time.time() + 120) * 1000)
+        )
+        raylet = next(info.process for info in first.all_processes["raylet"])
+        number, same, deadline = 0, True, time.monotonic() + 60
+        while (raylet.poll() is None or len(pool._workers) < 2) and time.monotonic() < deadline:
+            same &= bool(np.array_equal(step(pool, theta, number), expected(theta, number)))
+            number += 1
+        new = {state.process for state in pool._workers.values()}
+        found = {"accepted": accepted, "gone": raylet.poll() is not None, "workers": len(new), "stayed": len(old & new),
+                 "retries": pool.retries, "same_bits": same, "steps": number}  # fmt: skip
+    for node in (first, second):
+        made.remove_node(node)
+    return found
+
+
 def gpus(made: Cluster, folder: Path) -> dict:
     pairs = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=2)
     halves = Scaling(num_workers=2, use_gpu=True, gpus_per_worker=0.5, resources={"node-a": 0.1})
@@ -258,7 +284,7 @@ def serve(folder: Path) -> None:
         made.add_node(**arguments)
     made.wait_for_nodes()
     scenarios: dict[str, Callable[[Cluster, Path], dict]] = {
-        scenario.__name__: scenario for scenario in (grow, gpus, placement, hardware, data)
+        scenario.__name__: scenario for scenario in (grow, drain, gpus, placement, hardware, data)
     }
     for name in sys.stdin:
         lines.clear()
