@@ -54,8 +54,8 @@ class OuterLoop:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def vector(self) -> np.ndarray:
-        """The meta-parameters as one flat vector: a copy."""
-        return self.layout.pack(dict(self.params))
+        """The meta-parameters as one flat vector: a copy, made by one thread, since workers have the cores."""
+        return np.concatenate([parameter.detach().numpy().reshape(-1) for parameter in self.params.values()])
 
     def update(self, gradient: np.ndarray, passes: Passes) -> dict[str, float]:
         """One outer step down the mean meta-gradient, and the further passes over its data that are asked for.
@@ -108,7 +108,7 @@ class OuterLoop:
 
     def sound(self) -> bool:
         """Whether all meta-parameters are finite, so that this state is worth keeping."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.params.values())
+        return bool(np.isfinite(self.vector()).all())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next update depends on beside the meta-parameters: tensors, and plain data for JSON."""
