@@ -75,6 +75,7 @@ WORKLOADS = {
     "strided-20-ways": Workload((1, 28, 28), 20, 1, 15, STRIDED, 0.1),
     "photographs": Workload((3, 84, 84), 5, 1, 15, PHOTOS, 0.01, inner_steps=5),
     "sinusoid": Workload((1,), 0, 10, 10, {}, 0.01, shard_size=32, strategy="vmap"),
+    "sinusoid-compiled": Workload((1,), 0, 10, 10, {}, 0.01, shard_size=128, strategy="compiled"),
 }
 
 
@@ -270,7 +271,7 @@ def measure(name: str, sides: list[str], rounds: int, tasks: int, threads: int |
         rate = tasks / statistics.median(seconds[side])
         spread = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
         own = 1000 * statistics.median(processor[side]) / tasks
-        print(f"| {name} | {side} | {rate:,.1f} | {spread} | {own:.1f} | {pipes[side].recv():,.0f} |", flush=True)
+        print(f"| {name} | {side} | {rate:,.1f} | {spread} | {own:.3g} | {pipes[side].recv():,.0f} |", flush=True)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from distmeta.core.params import Layout, join
 from distmeta.core.policy import ActionSpec, PolicyLoss
 from distmeta.core.seeds import torch_seed
 from distmeta.core.types import Params, TaskDistribution, TaskSpec
+from distmeta.distributed.compiled import check_phases
 from distmeta.distributed.work import Problem
 from distmeta.errors import ConfigError
 from distmeta.models import MODELS
@@ -125,6 +126,8 @@ def assemble(
         cast(Any, tasks).prepare()
     spec = _of_outputs(getattr(tasks, "spec", None), outputs)
     chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
+    if config.train.strategy == "compiled":
+        check_phases(chosen, config.train.steps)
     module_loss = _loss(config, model or _model(config, spec), loss, spec, chosen)
     if isinstance(module_loss, PolicyLoss):
         cast(Any, tasks).bind(module_loss)

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, TypedDict
@@ -155,8 +156,10 @@ class Training:
         self._saving = 0.0  # seconds that checkpoints have held up since the last record, which stands before them
 
     def __enter__(self) -> Self:
-        if self.problem.strategy == "vmap":
+        if self.problem.strategy != "loop":
             self._check_vectorised()
+        if self.problem.strategy == "compiled":
+            log.info("the first step waits for the compiler, for some seconds or minutes")
         self._stack = ExitStack()
         self.executor = self._stack.enter_context(executor_of(self.config, self.problem, len(self._shards(0))))
         return self
@@ -356,7 +359,7 @@ class Training:
         Raises:
             ConfigError: They differ by more than rounding.
         """
-        problem = self.problem
+        problem = replace(self.problem, strategy="vmap")  # what is compiled is compared where it is compiled
         tasks = problem.build(self._shards(0)[0])[:2]
         meta = split({name: parameter.detach() for name, parameter in self.outer.params.items()})
         problem.loss.module.eval()  # dropout would draw other masks
@@ -368,8 +371,8 @@ class Training:
         error = float(np.linalg.norm(difference) / (np.linalg.norm(problem.layout.pack(one)) + 1e-12))
         if error > 1e-2:
             raise ConfigError(
-                "train.strategy: vmap gives another meta-gradient than the loop does (relative difference "
-                f"{error:.1e}); set train.strategy=loop"
+                f"train.strategy: {self.problem.strategy} gives another meta-gradient than the loop does (relative "
+                f"difference {error:.1e}); set train.strategy=loop"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -108,6 +108,10 @@ class MAMLpp(MAML):
         if not self.learn_rates:
             return super().optimizer()
         return self.rule(lambda state, name, count: state[f"lr.{name}"][min(count, self.inner_steps) - 1])
+
+    def phase(self, step: int) -> Hashable:
+        """Order and weights."""
+        return self.order(step), tuple(self.weights(step))
 
     def order(self, step: int) -> Order:
         """See `MAML.order`; first the order is 1 if it is annealed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -59,6 +59,10 @@ class Reptile(MetaAlgorithm):
         optimizer = optimizer_of(self.inner_optimizer, self.inner_lr)
         batches = mini_batches(task, batch_size)
         return unroll(loss, meta.model, batches, optimizer, steps, state=meta.extra, count=count)
+
+    def phase(self, step: int) -> Hashable:
+        """Adam counts its steps."""
+        return step if self.inner_optimizer == "adam" else None
 
     def trajectory(self, meta: MetaParams, task: Task, loss: TaskLoss) -> Iterator[InnerStep]:
         """theta_0, theta_1, …"""

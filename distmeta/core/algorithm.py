@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -42,6 +42,10 @@ class MetaAlgorithm(ABC):
 
         The driver descends the *mean* of these over the meta-batch.
         """
+
+    def phase(self, step: int) -> Hashable:
+        """What of the outer step a meta-gradient depends on: in steps of one phase it is the same function."""
+        return None
 
     def complaint(self, metrics: Mapping[str, float]) -> str | None:
         """What is wrong with a task whose meta-gradient came with ``metrics``, and the remedy; None: nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -120,7 +121,7 @@ def meta_gradients(problem: Problem, meta: MetaParams, tasks: dict[int, Task], s
     total: Params = {}
     rows: list[dict[str, np.ndarray]] = []
     skipped: dict[int, str] = {}
-    vectorised = vectorise(problem, meta, list(tasks.values()), shard.step) if problem.strategy == "vmap" else None
+    vectorised = vectorise(problem, meta, list(tasks.values()), shard.step) if problem.strategy != "loop" else None
     if vectorised is not None and (summed := _all_sound(problem, vectorised)) is not None:
         return summed
     for i, (index, task) in enumerate(tasks.items()):
@@ -154,10 +155,11 @@ def vectorise(problem: Problem, meta: MetaParams, tasks: list[Task], step: int) 
     episodes: list[Episode] = []
     for i, task in enumerate(tasks):
         if not isinstance(task, Episode):
-            raise ConfigError("train.strategy: vmap needs supervised episodes; these tasks want train.strategy: loop")
+            raise ConfigError(
+                f"train.strategy: {problem.strategy} needs supervised episodes; these tasks want train.strategy: loop"
+            )
         episodes.append(task)
-        shapes = tuple(tuple((tensor.shape, tensor.dtype) for tensor in batch) for batch in task)
-        buckets.setdefault((shapes, getattr(problem.loss_of(task), "classes", None)), []).append(i)
+        buckets.setdefault(_form(problem, task), []).append(i)
     parts = [_at_once(problem, meta, [episodes[i] for i in members], step) for members in buckets.values()]
     if len(parts) == 1:
         return parts[0]
@@ -176,11 +178,28 @@ def _at_once(problem: Problem, meta: MetaParams, tasks: list[Episode], step: int
         for sets in ([task.support_set for task in tasks], [task.query_set for task in tasks])
     )
 
-    def one(support_set: Batch, query_set: Batch) -> MetaGradient:
-        return problem.algorithm.meta_gradient(meta, Episode(support_set, query_set), loss, step=step)
+    def vectorised(params: Params, support: Batch, query: Batch) -> tuple[Params, Metrics]:
+        def one(support_set: Batch, query_set: Batch) -> tuple[Params, Metrics]:
+            episode = Episode(support_set, query_set)
+            gradient, metrics = problem.algorithm.meta_gradient(split(params), episode, loss, step=step)
+            return join(gradient), metrics
 
-    with function_transforms():
-        return torch.vmap(one, randomness="different")(support, query)
+        with function_transforms():
+            return torch.vmap(one, randomness="different")(support, query)
+
+    params, at_once = join(meta), vectorised
+    if problem.strategy == "compiled":
+        key = len(tasks), _form(problem, tasks[0]), problem.algorithm.phase(step), loss.module.training
+        at_once = problem.programs.of(key, at_once, params, support, query)
+    with torch.no_grad():
+        gradient, metrics = at_once(params, support, query)
+    return MetaGradient(split(gradient), metrics)
+
+
+def _form(problem: Problem, task: Episode) -> Hashable:
+    """What tasks that are computed at once must have in common."""
+    shapes = tuple(tuple((tensor.shape, tensor.dtype) for tensor in batch) for batch in task)
+    return shapes, getattr(problem.loss_of(task), "classes", None)
 
 
 def _all_sound(problem: Problem, result: MetaGradient) -> Pass | None:

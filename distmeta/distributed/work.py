@@ -35,11 +35,12 @@ from distmeta.core.types import (
     Task,
     TaskDistribution,
 )
+from distmeta.distributed.compiled import Programs
 from distmeta.distributed.passes import FAILURES, Pass, Recordings, stack_metrics, train_pass
 from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
 Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
-Strategy = Literal["loop", "vmap"]
+Strategy = Literal["loop", "vmap", "compiled"]
 JUDGED = "judged."
 
 deterministic: Any = torch.utils.deterministic  # whose one attribute its types do not know
@@ -94,7 +95,8 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
         _set_deterministic(2)
         # Else deterministic mode writes NaN into all new memory, a tenth of the time; no kernel here leaves any unset.
         deterministic.fill_uninitialized_memory = False
-        torch.manual_seed(seed)
+        # torch.manual_seed formats a traceback for a GPU to come, which takes longer than all else here.
+        (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(seed)
         try:
             yield
         finally:
@@ -164,6 +166,7 @@ class Problem:
     variable_ways: bool = False
     """See `distmeta.core.types.TaskSpec`."""
     recordings: Recordings = field(default_factory=Recordings, repr=False)
+    programs: Programs = field(default_factory=Programs, repr=False)
 
     def check_device(self) -> None:
         """Raises `ResourceError` unless this process has the device that the problem is to be computed on."""

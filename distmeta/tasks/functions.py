@@ -95,4 +95,4 @@ class SimpleFunction(FewShotFunction):
 
 
 def _batch(x: NDArray[np.float64], y: NDArray[np.float64]) -> Batch:
-    return torch.from_numpy(x).float(), torch.from_numpy(y).float()
+    return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y.astype(np.float32))
