@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distmeta import checkpoint as storage
-from distmeta import paths
 from distmeta.core.loss import Criterion, uses_batch_statistics
 from distmeta.core.params import split
 from distmeta.core.policy import PolicyLoss
@@ -223,6 +222,8 @@ def adapt_policy(
             "--query, or use distmeta.adapt in Python"
         )
     problem.loss.module.eval()
+    from distmeta import paths  # and with it matplotlib, which no worker needs
+
     path = paths.follow(problem, meta, task)
     sampled = [data for _, data in path]
     films = {name: task.film(data) for name, data in (("before", sampled[0]), ("after", sampled[-1]))} if film else {}

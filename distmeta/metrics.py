@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from distmeta.evaluation import Evaluation, mean_ci
 from distmeta.runs import RunFolder, storage_errors
@@ -37,6 +36,8 @@ class MetricsLog:
         self._step = step
 
     def __enter__(self) -> Self:
+        from torch.utils.tensorboard import SummaryWriter  # half a second to load, which no worker needs
+
         with storage_errors(self.run.path):
             self._file = self.run.metrics.open("a")
             self._board = SummaryWriter(self.run.path / "tensorboard", purge_step=self._step + 1)
@@ -110,6 +111,7 @@ class MetricsLog:
             self._board.add_scalar(f"val {metric}/{name}", group["after"]["mean"], step)
 
     def _write(self, record: dict[str, Any]) -> None:
+
         with storage_errors(self.run.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
