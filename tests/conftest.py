@@ -10,6 +10,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run beside each other
 
 hypothesis.settings.register_profile(
     "distmeta",
