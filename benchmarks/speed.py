@@ -7,11 +7,13 @@ Sides, each in a process of its own, which take turns with one meta-batch each:
 - loop: autograd over torch's own layers, task by task, as learn2learn's MAML does it; all cores in one process;
 - higher: the same network through ``higher.innerloop_ctx``; all cores;
 - torchopt: the same through ``torchopt.MetaSGD``; all cores;
+- jax: ``jit`` over ``vmap`` over ``grad`` of all tasks of a meta-batch, for perceptrons alone. Its threads are set by
+  ``XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"``;
 - ours-1: distmeta in one process, one thread;
 - ours: distmeta with a worker of one thread for each core.
 
-With ``--threads 1`` the first three have one thread as well: then processor time, which hardly depends on what else the
-machine does, is what to compare.
+With ``--threads 1`` loop, higher and torchopt have one thread as well: processor time, which hardly depends on what
+else the machine does, is what to compare then.
 
 Before anything is timed, the mean meta-gradients of the first meta-batch are compared (they agree to 5%: single
 precision through two derivatives; the tests compare in double). Printed are the median of tasks a second, the ratio to
@@ -32,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,7 +190,41 @@ def by_torchopt(workload: Workload, network: nn.Module, episodes: list[Episode])
     return total
 
 
-THEIRS = {"loop": loop, "higher": by_higher, "torchopt": by_torchopt}
+@cache
+def jitted(inner_lr: float, inner_steps: int) -> Callable[..., list[Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    def loss(theta: list[Any], x: Any, y: Any) -> Any:
+        for i in range(0, len(theta), 2):
+            x = (jnp.maximum(x, 0) if i else x) @ theta[i].T + theta[i + 1]
+        return ((x - y) ** 2).mean()
+
+    def outer(theta: list[Any], xs: Any, ys: Any, xq: Any, yq: Any) -> Any:
+        adapted = theta
+        for _ in range(inner_steps):
+            gradient = jax.grad(loss)(adapted, xs, ys)
+            adapted = [p - inner_lr * g for p, g in zip(adapted, gradient, strict=True)]
+        return loss(adapted, xq, yq)
+
+    @jax.jit
+    def total(theta: list[Any], *batches: Any) -> list[Any]:
+        return [g.sum(0) for g in jax.vmap(jax.grad(outer), (None, 0, 0, 0, 0))(theta, *batches)]
+
+    return total
+
+
+def by_jax(workload: Workload, network: nn.Module, episodes: list[Episode]) -> list[Tensor]:
+    theta = [p.detach().numpy() for p in network.parameters()]
+    batches = [np.stack([batch.numpy() for batch in batches]) for batches in zip(*map(flat, episodes), strict=True)]
+    return [torch.from_numpy(np.array(g)) for g in jitted(workload.inner_lr, workload.inner_steps)(theta, *batches)]
+
+
+def flat(episode: Episode) -> list[Tensor]:
+    return [*episode.support_set, *episode.query_set]
+
+
+THEIRS = {"loop": loop, "higher": by_higher, "torchopt": by_torchopt, "jax": by_jax}
 
 
 @contextmanager
@@ -241,6 +278,8 @@ def child(pipe: Any, side: str, name: str, tasks: int, threads: int | None) -> N
 
 
 def measure(name: str, sides: list[str], rounds: int, tasks: int, threads: int | None) -> None:
+    if WORKLOADS[name].ways:
+        sides = [side for side in sides if side != "jax"]
     if WORKLOADS[name].first_order:  # which torchopt's differentiable optimizers do not offer
         sides = [side for side in sides if side != "torchopt"]
     context = multiprocessing.get_context("spawn")
@@ -288,7 +327,7 @@ def main() -> None:
         if name not in WORKLOADS:
             parser.error(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
     installed = [
-        side for side in arguments.sides if side not in ("higher", "torchopt") or importlib.util.find_spec(side)
+        side for side in arguments.sides if side not in ("higher", "torchopt", "jax") or importlib.util.find_spec(side)
     ]
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
     print(
