@@ -85,8 +85,8 @@ def _compile(function: AtOnce, params: Params, support: Batch, query: Batch) -> 
             found = program(params, support, query)
         except BackendCompilerFailed as error:
             raise ConfigError(
-                f"train.strategy: compiled cannot be used here ({one_line(error)}): it needs a C++ compiler (g++), or "
-                "Triton on a GPU; set train.strategy=vmap"
+                f"train.strategy: compiled cannot be used here ({one_line(error.inner_exception)}): it needs a C++ "
+                "compiler (g++), or Triton on a GPU; set train.strategy=vmap"
             ) from error
     for name, tensor in expected[0].items():
         difference = float((found[0][name] - tensor).norm() / (tensor.norm() + 1e-12))
