@@ -85,7 +85,5 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         given.run("meta_gradient", theta, SHARD)
     monkeypatch.setattr(compiled, "MOST", 1)
     monkeypatch.setattr(compiled, "TOLERANCE", -1.0)
-    with pytest.raises(
-        ConfigError, match=r"another meta-gradient of model\.0\.weight than vmap .*train\.strategy=vmap"
-    ):
+    with pytest.raises(ConfigError, match=r"another meta-gradient than vmap does .*set train\.strategy=vmap"):
         given.run("meta_gradient", theta, SHARD)
