@@ -45,6 +45,8 @@ class Driver:
         self.name, self.folder, self.environment, self.steps = name, folder, environment, steps
         elastic = [f"scaling.num_workers={workers}", *(["scaling.min_workers=1"] if workers else [])]
         self.train = ["train", *RUNS[name], *COMMON, *elastic, f"train.steps={steps}", f"run_dir={folder}"]
+        self.damaged: Path | None = None
+        """The last checkpoint that somebody has damaged."""
         self.said: list[tuple[float, str]] = []
         """What it has written to standard error, and when."""
         self.go_on()
@@ -101,8 +103,11 @@ class Driver:
         except (OSError, ValueError, IndexError, KeyError):
             return 0
 
-    def offered(self) -> list[str]:
-        """The command between backticks in its last words, without its first word."""
+    def heed(self) -> bool:
+        """Whether it has ended since it has found the checkpoint that was damaged; what it then says to do is done."""
+        if self.damaged is None or self.wait(0.01) != 2 or f"{self.damaged.name} is damaged" not in self.last_words():
+            return False
         words = shlex.split(self.last_words().split("`")[1])
         assert words[0] == "distmeta", words
-        return words[1:]
+        self.go_on(words[1:])
+        return True
