@@ -27,9 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from distmeta.errors import ConfigError, DistmetaError, RunError, StorageError, one_line
+from distmeta.errors import DistmetaError, RunError, StorageError
+from distmeta.stores import Gone, Store
 from distmeta.tasks.files import cache_dir
 
 log = logging.getLogger("distmeta")
@@ -41,10 +40,7 @@ LOOK = 15.0  # seconds between looks at what has changed
 BEAT = 60.0  # seconds between signs of life in the lock
 STALE = 300.0  # seconds without one after which its holder counts as lost
 TRIES = 5  # at the end, before a run is left unsent
-OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "r2")
-"""Protocols without folders, whose writes are whole or absent; elsewhere a file is written aside and renamed."""
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
-            "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol"}  # fmt: skip
+PATIENCE = 300.0  # seconds at the end without a file sent, for a connection that neither works nor breaks
 
 
 def is_url(path: str | Path) -> bool:
@@ -53,7 +49,7 @@ def is_url(path: str | Path) -> bool:
 
 
 class Mirror:
-    """A run folder at ``url``, and its working copy. A password in the URL is used, and neither said nor written down.
+    """A run folder at ``url``, and its working copy.
 
     Raises:
         ConfigError: The protocol is unknown, or its package is not installed.
@@ -61,30 +57,16 @@ class Mirror:
     """
 
     def __init__(self, url: str) -> None:
-        url = url.rstrip("/")
-        self._secret = _password(url)
-        self.url = url.replace(f":{self._secret}@", "@", 1) if self._secret else url
-        protocol = self.url.partition("://")[0]
+        self._store = Store(url)
+        self.url = self._store.url
         name = f"{posixpath.basename(self.url)}-{hashlib.sha256(self.url.encode()).hexdigest()[:8]}"
         self.path = (cache_dir() / "runs" / name).absolute()
         self.failures = 0
         """How many times the URL could not be written."""
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            package = PACKAGES.get(protocol, f"fsspec[{protocol}]")
-            raise ConfigError(f"{self.url} needs the package {package}: pip install {package}") from error
-        except Exception as error:  # each protocol has exceptions of its own
-            if "Protocol not known" in str(error):
-                raise ConfigError(
-                    f"{self.url}: no protocol {protocol!r} is known; give a folder, or a URL such as s3://bucket/run"
-                ) from error
-            raise self._unreachable(error) from error
-        self._folders = protocol not in OBJECTS
         self._unsent = self.path / ".unsent"
         self._own = {"host": socket.gethostname(), "process": os.getpid(), "folder": str(self.path)}
         self._own |= {"id": secrets.token_hex(8)}
-        self._lost: RunError | None = None
+        self._lost: DistmetaError | None = None
         self._silent = False  # whether the last attempt has failed
 
     # What is there
@@ -95,7 +77,7 @@ class Mirror:
         Raises:
             RunError: The URL cannot be reached.
         """
-        return (self._unsent.exists() and (self.path / "config.yaml").exists()) or bool(self._list().keys() - {LOCK})
+        return (self._unsent.exists() and (self.path / "config.yaml").exists()) or bool(self._names() - {LOCK})
 
     def forget(self) -> None:
         """Removes a working copy, of a run that is no longer at the URL."""
@@ -108,7 +90,7 @@ class Mirror:
             RunError: The URL cannot be reached.
             StorageError: The working copy cannot be written.
         """
-        there = self._list()
+        there = self._names()
         steps = {
             name.split("/")[1] for name in there if name.startswith("checkpoints/") and name.endswith("/state.json")
         }
@@ -123,18 +105,16 @@ class Mirror:
                 if folder.name not in steps:
                     shutil.rmtree(folder)
             for name in SMALL:
-                if name in there:
-                    self._take(self.path, name)
-                else:
-                    (self.path / name).unlink(missing_ok=True)
+                self._take(name)
             for step in sorted(steps):
-                self._take_checkpoint(f"checkpoints/{step}", there)
+                with contextlib.suppress(Gone):
+                    self._take_checkpoint(f"checkpoints/{step}", there)
             self._unsent.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"{self.path} could not be written: {error.strerror or error}") from error
 
-    def _take_checkpoint(self, name: str, there: dict[str, Any]) -> None:
-        """Fetches a checkpoint that is not here yet, whole or not at all."""
+    def _take_checkpoint(self, name: str, there: set[str]) -> None:
+        """Fetches a checkpoint that is not here yet, whole or not at all (`Gone`: it has been pruned meanwhile)."""
         state = self._get(f"{name}/state.json")
         final, aside = self.path / name, self.path / "checkpoints" / f".fetching-{posixpath.basename(name)}"
         if (final / "state.json").is_file() and (final / "state.json").read_bytes() == state:
@@ -147,21 +127,23 @@ class Mirror:
                 (aside / posixpath.basename(file)).write_bytes(self._get(file))
         aside.rename(final)
 
-    def _take(self, folder: Path, name: str) -> None:
-        aside = folder / f".fetching-{name}"
-        aside.write_bytes(self._get(name))
-        aside.replace(folder / name)
+    def _take(self, name: str) -> None:
+        """Makes a file what it is at the URL; if there is none, there is none here."""
+        aside = self.path / f".fetching-{name}"
+        try:
+            aside.write_bytes(self._get(name))
+        except Gone:
+            (self.path / name).unlink(missing_ok=True)
+        else:
+            aside.replace(self.path / name)
 
     def _get(self, name: str) -> bytes:
-        with self._reaching():
-            return self._fs.cat_file(f"{self._root}/{name}")
+        with self._store.reaching():
+            return self._store.get(name)
 
-    def _list(self) -> dict[str, Any]:
-        """All files at the URL by their names below it."""
-        with self._reaching():
-            self._fs.invalidate_cache()
-            found = self._fs.find(self._root, detail=True)
-        return {name[len(self._root) :].lstrip("/"): about for name, about in found.items()}
+    def _names(self) -> set[str]:
+        with self._store.reaching():
+            return self._store.names()
 
     # Who may write
 
@@ -171,13 +153,15 @@ class Mirror:
         Raises:
             RunError: The URL cannot be reached.
         """
-        with self._reaching():
-            self._fs.invalidate_cache()
-            try:
-                held = json.loads(self._fs.cat_file(f"{self._root}/{LOCK}"))
-                held["age"] = max(0.0, time.time() - held["time"])
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
-                return None
+        with self._store.reaching():
+            return self._holder()
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            held = json.loads(self._store.get(LOCK))
+            held["age"] = max(0.0, time.time() - held["time"])
+        except (Gone, ValueError, KeyError, TypeError):
+            return None
         mine = all(held.get(key) == self._own[key] for key in ("host", "folder")) and held.get("id") != self._own["id"]
         return None if held["age"] > STALE or mine else held  # of this machine, whose own lock is ours: it is dead
 
@@ -198,27 +182,25 @@ class Mirror:
                 f"{self.url} is in use by process {holder['process']} on {holder['host']}, which has given a sign of "
                 f"life {holder['age']:.0f} s ago; wait for it, or stop it (if it is lost: wait {STALE:.0f} s)"
             )
-        with self._reaching():
+        with self._store.reaching():
+            self._store.reconnect()  # it may be long since it was made
             self._write_lock()
-        self._there = set(self._list()) - {LOCK}
+        self._there = self._names() - {LOCK}
         if "config.yaml" in self._there:
             self.fetch()  # another machine may have gone on with the run until now
         self._sent: dict[str, tuple[int, int]] = {}
         self._unsent.touch()
-        self._end = threading.Event()
+        self._end, self._tries, self._whole, self._lost = threading.Event(), TRIES, False, None
         thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
         thread.start()
         try:
             yield
         except BaseException as error:
-            self._end.set()
-            thread.join()
+            self._tries = 1 if isinstance(error, KeyboardInterrupt) else TRIES
             with contextlib.suppress(StorageError, RunError):  # has been said already
-                self._finish(1 if isinstance(error, KeyboardInterrupt) else TRIES)
+                self._finish(thread)
             raise
-        self._end.set()
-        thread.join()
-        self._finish(TRIES)
+        self._finish(thread)
 
     def check(self) -> None:
         """Raises `RunError` if another process has taken the URL over."""
@@ -226,14 +208,14 @@ class Mirror:
             raise self._lost
 
     def _write_lock(self) -> None:
-        self._write(LOCK, json.dumps(self._own | {"time": time.time()}).encode())
+        self._store.put(LOCK, json.dumps(self._own | {"time": time.time()}).encode())
         self._beaten = time.monotonic()
 
     def _beat(self) -> None:
         """Gives a sign of life when it is time."""
         if time.monotonic() - self._beaten < BEAT:
             return
-        holder = self.holder()
+        holder = self._holder()
         if holder is not None and holder.get("id") != self._own["id"]:
             self._lost = RunError(
                 f"{self.url} was taken over by process {holder.get('process')} on {holder.get('host')}; this one ends, "
@@ -247,9 +229,35 @@ class Mirror:
     def _follow(self) -> None:
         while not self._end.wait(LOOK) and self._lost is None:
             self._try_to_send()
+        for attempt in range(self._tries):
+            if attempt:
+                time.sleep(2.0 ** (attempt - 1))
+            self._whole = self._lost is None and self._try_to_send()
+            if self._whole or self._lost is not None:
+                return
+
+    def _finish(self, thread: threading.Thread) -> None:
+        """Waits until what is left has been sent, and lets go of the lock."""
+        self._moved = time.monotonic()
+        self._end.set()
+        while thread.is_alive() and time.monotonic() - self._moved < PATIENCE:
+            thread.join(1.0)
+        self.check()
+        if not self._whole:
+            tried = f"{PATIENCE:.0f} s without an answer" if thread.is_alive() else f"{self.failures} attempts"
+            self._lost = StorageError(  # so that a thread which wakes up later sends no more
+                f"{self.url} could not be written after {tried}; the run is whole in {self.path}, and "
+                f"`distmeta resume {self.url}` on this machine sends it"
+            )
+            raise self._lost
+        self._unsent.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):  # it goes stale by itself
+            self._store.remove(LOCK)
 
     def _try_to_send(self) -> bool:
         try:
+            if self._silent:
+                self._store.reconnect()
             self._beat()
             self._send()
         except Exception as error:  # each protocol has exceptions of its own; whatever it is, it is said and counted
@@ -259,7 +267,7 @@ class Mirror:
             if not self._silent:
                 log.warning(
                     "%s cannot be written (%s): the run goes on; what it writes is in %s, and is sent when it can be",
-                    self.url, self._reason(error), self.path,
+                    self.url, self._store.reason(error), self.path,
                 )  # fmt: skip
             self._silent = True
             return False
@@ -267,24 +275,6 @@ class Mirror:
             log.warning("%s can be written again, and has all that is in %s", self.url, self.path)
         self._silent = False
         return True
-
-    def _finish(self, tries: int) -> None:
-        """Sends what is left, and lets go of the lock."""
-        self.check()
-        for attempt in range(tries):
-            if self._try_to_send():
-                break
-            self.check()
-            if attempt + 1 < tries:
-                time.sleep(2.0**attempt)
-        else:
-            raise StorageError(
-                f"{self.url} could not be written after {self.failures} attempts; the run is whole in {self.path}, and "
-                f"`distmeta resume {self.url}` on this machine sends it"
-            )
-        self._unsent.unlink(missing_ok=True)
-        with contextlib.suppress(Exception):  # it goes stale by itself
-            self._fs.rm_file(f"{self._root}/{LOCK}")
 
     def _send(self) -> None:
         """Sends what has changed, in an order that leaves each checkpoint whole or absent."""
@@ -302,45 +292,19 @@ class Mirror:
                 content = here[name].read_bytes()
             except FileNotFoundError:
                 continue  # a checkpoint that was removed meanwhile
+            self.check()
             self._there.add(name)
-            self._write(name, content)
+            self._store.put(name, content)
             self._sent[name] = version
+            self._moved = time.monotonic()
         gone = {name for name in self._there if name not in here and (name.startswith("checkpoints/") or name in SMALL)}
         for name in sorted(gone, key=_rank, reverse=True):
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(f"{self._root}/{name}")
+            self._store.remove(name)
             self._there.discard(name)
             self._sent.pop(name, None)
-        if self._folders:
-            for folder in {posixpath.dirname(name) for name in gone} - {""}:
-                with contextlib.suppress(OSError):
-                    self._fs.rmdir(f"{self._root}/{folder}")
-
-    def _write(self, name: str, content: bytes) -> None:
-        final = f"{self._root}/{name}"
-        if not self._folders:
-            self._fs.pipe_file(final, content)
-            return
-        aside = f"{posixpath.dirname(final)}/.sending-{posixpath.basename(final)}"
-        self._fs.makedirs(posixpath.dirname(final), exist_ok=True)
-        self._fs.pipe_file(aside, content)
-        self._fs.mv(aside, final)
-
-    @contextmanager
-    def _reaching(self) -> Generator[None]:
-        try:
-            yield
-        except DistmetaError:
-            raise
-        except Exception as error:
-            raise self._unreachable(error) from error
-
-    def _unreachable(self, error: Exception) -> RunError:
-        return RunError(f"{self.url} cannot be used: {self._reason(error)}; check the address and the credentials")
-
-    def _reason(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {one_line(error)}"
-        return text.replace(self._secret, "…") if self._secret else text
+        for folder in {posixpath.dirname(name) for name in gone} - {""}:
+            if not (self.path / folder).exists():
+                self._store.remove_folder(folder)
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -348,9 +312,3 @@ def _rank(name: str) -> tuple[int, str]:
     if name.endswith("/state.json"):
         return 2, name
     return (3 if name == "summary.json" else 1 if name.startswith("checkpoints/") else 0), name
-
-
-def _password(url: str) -> str:
-    """The password in ``protocol://user:password@host/path``, or nothing."""
-    user = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
-    return user.partition(":")[2]

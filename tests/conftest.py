@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -87,3 +90,35 @@ def ray_cluster(_own_folders: None) -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning", namespace="distmeta")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Gives the server for the URLs of a protocol (simulated/stores.py), or skips; each is started once."""
+    from simulated.stores import STORES
+
+    started = {}
+
+    def server(protocol: str):
+        kind = STORES[protocol]
+        if kind.needs and shutil.which(kind.needs) is None:
+            pytest.skip(f"{protocol}:// is tested against {kind.needs}, which is not installed here")
+        if protocol not in started:
+            started[protocol] = kind(tmp_path_factory.mktemp(protocol))
+        return started[protocol]
+
+    yield server
+    for one in started.values():
+        one.end()
+
+
+@pytest.fixture
+def other_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """Makes this look like a machine that has no working copy of any run."""
+
+    def move() -> None:
+        name = f"machine-{time.monotonic_ns()}"
+        monkeypatch.setenv("DISTMETA_CACHE", str(tmp_path / name))
+        monkeypatch.setattr(socket, "gethostname", lambda: name)
+
+    return move
