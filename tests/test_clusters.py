@@ -89,6 +89,7 @@ def test_each_worker_sees_the_gpu_that_it_was_given(nodes: Nodes) -> None:
     assert len(whole) == 7 and all(len(devices.split(",")) == 1 for _, devices in whole)
     assert sorted(whole) == [["a", "0"], ["b", "0"], ["b", "1"], ["c", "0"], ["c", "1"], ["c", "2"], ["c", "3"]]
     assert sorted(halves) == [["a", "0"], ["a", "0"]]
+    assert found["automatic"] == 7, "one for each GPU of the cluster"
     assert "4 workers need 4 CPU, 8 GPU; the cluster has 24 CPU, 7 GPU and holds 3 of them" in found["refused"]
 
 
@@ -99,6 +100,7 @@ def test_workers_go_where_they_are_wanted(nodes: Nodes) -> None:
     assert found["special"] == ["b"], "the node that has the custom resource"
     assert "7 workers need 7 CPU, 7 special; the cluster has 24 CPU, 2 special and holds 2 of them" in found["refused"]
     assert "of 3 workers have started within 4 s; each needs 1 CPU, 1 scarce, free in" in found["late"]
+    assert any(line.startswith("waiting for the cluster: 1 of 3 workers are there; each") for line in found["said"])
 
 
 def test_different_hardware_is_refused_or_left_out_or_allowed(nodes: Nodes) -> None:
@@ -132,10 +134,17 @@ def test_the_kubernetes_files_have_the_published_structure() -> None:
     job, claim = yaml.safe_load_all((ROOT / "cluster" / "kuberay.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
+    # Names of KubeRay's own (ray-operator/apis/ray/v1) alone, since misspelt ones would be dropped unsaid.
     assert spec.keys() <= {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
     cluster = spec["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert {"rayVersion", "headGroupSpec", "workerGroupSpecs"} <= cluster.keys()
+    assert cluster.keys() <= {"rayVersion", "headGroupSpec", "workerGroupSpecs", "authOptions"} | {
+        "enableInTreeAutoscaling", "autoscalerOptions"
+    }  # fmt: skip
+    assert cluster["headGroupSpec"].keys() <= {"serviceType", "rayStartParams", "template"}
+    replicas = {"replicas", "minReplicas", "maxReplicas"}
+    assert all(g.keys() == {"groupName", "rayStartParams", "template"} | replicas for g in cluster["workerGroupSpecs"])
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert {"name", "image", "resources"} <= container.keys()

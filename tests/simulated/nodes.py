@@ -25,6 +25,7 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from distmeta import MAML
 from distmeta.config import Scaling
+from distmeta.distributed import ray as pools
 from distmeta.distributed import worker
 from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.ray import RayPool
@@ -187,7 +188,10 @@ def drain(made: Cluster, folder: Path) -> dict:
 def gpus(made: Cluster, folder: Path) -> dict:
     pairs = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=2)
     halves = Scaling(num_workers=2, use_gpu=True, gpus_per_worker=0.5, resources={"node-a": 0.1})
+    with RayPool(problem(Blobs())[0], Scaling(use_gpu=True), most=99) as pool:
+        automatic = pool.size
     return {
+        "automatic": automatic,
         "whole": _told(Scaling(num_workers=7, use_gpu=True), folder),
         "halves": _told(halves, folder),
         "refused": message(lambda: RayPool(problem(Blobs())[0], pairs, 4)),
@@ -216,6 +220,7 @@ def placement(made: Cluster, folder: Path) -> dict:
     found["special"] = sorted({name for name, _ in told})
     found["refused"] = message(lambda: RayPool(given, Scaling(num_workers=7, resources={"special": 1}), 7))
     scarce = Scaling(num_workers=3, min_workers=3, resources={"scarce": 1}, start_timeout=4)
+    pools.SAY = 1.0
     found["late"] = message(lambda: RayPool(given, scarce, 3))
     return found
 
