@@ -163,10 +163,15 @@ def describe(evaluation: Evaluation) -> str:
 
 def show(metric: str, value: dict[str, float]) -> str:
     """A mean and its interval for people: shares of 1 in percent."""
-    interval = f"{100 * value['ci95']:.2f}" if metric in SHARES else f"{value['ci95']:.4f}"
+    interval = f"{100 * value['ci95']:.2f}" if metric in SHARES else f"{value['ci95']:.{_decimals(value['mean'])}f}"
     return f"{show_value(metric, value['mean'])} ± {interval}"
 
 
 def show_value(metric: str, value: float) -> str:
     """One figure for people."""
-    return f"{100 * value:.2f}%" if metric in SHARES else f"{value:.4f}"
+    return f"{100 * value:.2f}%" if metric in SHARES else f"{value:.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    """How many say something of a mean of tasks: a loss has a few before the point, a return many."""
+    return 4 if abs(value) < 10 else 2
