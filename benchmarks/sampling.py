@@ -1,9 +1,9 @@
-"""How fast tasks of control are sampled: environment steps a second of one process, against bare loops.
+"""How fast tasks of control are sampled: environment steps a second of a processor, against bare loops.
 
     python benchmarks/sampling.py [--seconds 60] [--copies 10]
 
 Three ways to step the same robot arm (Meta-World's reach-v3, episodes of 500 steps, resets included), in turns in one
-run, each for an equal share of the time:
+run, one thread each. A second is one of processor time, which other work on the machine hardly changes:
 
 - bare: ``env.step`` with random actions in a loop over the copies, and nothing else;
 - Meta-World's own vector environment (gymnasium's SyncVectorEnv with Meta-World's wrappers), with random actions;
@@ -98,9 +98,9 @@ def main() -> None:
     end = time.perf_counter() + given.seconds
     while time.perf_counter() < end or len(rates["distmeta"]) < 3:
         for name, episode in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             steps = episode()
-            rates[name].append(steps / (time.perf_counter() - start))
+            rates[name].append(steps / (time.process_time() - start))
     print(f"{given.copies} copies of reach-v3 in one process, one thread, {len(rates['distmeta'])} turns")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(rates["distmeta"], values, strict=True)]

@@ -3,6 +3,7 @@
 from distmeta.adaptation import Adapted, adapt, evaluate
 from distmeta.algorithms import (
     CAVIA,
+    EMAML,
     IMAML,
     MAML,
     R2D2,
@@ -25,6 +26,7 @@ from distmeta.training import resume, train
 
 __all__ = [
     "CAVIA",
+    "EMAML",
     "IMAML",
     "MAML",
     "R2D2",

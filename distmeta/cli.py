@@ -132,6 +132,7 @@ def evaluate(
         row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
         table.add_row(str(step), *row)
     Console().print(table)
+    print(f"change of {result['metric']} by adaptation, task by task: {show(result['metric'], result['change'])}")
     if "groups" in result:
         _show_groups(result)
     for name, ends in result.get("judged", {}).items():
@@ -148,10 +149,10 @@ def _show_groups(result: Mapping[str, Any]) -> None:
 
     metric, inductive = result["metric"], "inductive" in result
     table = Table("group", title=f"{metric} by group of tasks", title_justify="left")
-    for heading in ("tasks", "before", "after", *(["after, inductive"] if inductive else [])):
+    for heading in ("tasks", "before", "after", "change", *(["after, inductive"] if inductive else [])):
         table.add_column(heading, justify="right")
     for name, group in result["groups"].items():
-        figures = [group[key] for key in ("before", "after", *(["inductive"] if inductive else []))]
+        figures = [group[key] for key in ("before", "after", "change", *(["inductive"] if inductive else []))]
         table.add_row(name, str(group["tasks"]), *(show(metric, figure) for figure in figures))
     Console().print(table)
 

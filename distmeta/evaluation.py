@@ -41,10 +41,11 @@ def evaluate_tasks(
 
     Returns:
         ``metric``, the name of the metric that counts (see `distmeta.core.types.TaskSpec.metric`); ``before`` and
-        ``after`` adaptation, its mean and interval; ``by_inner_step``, for each metric the list of them; where the
-        tasks have a judge, ``judged``: for each of its metrics ``before`` and ``after``; and, for classifiers that
-        normalise by batch statistics, ``inductive``: the accuracy when no query example sees another
-        (``transductive`` then says that the other figures are not of that kind).
+        ``after`` adaptation, its mean and interval, and ``change``, those of what it has changed by in each task;
+        ``by_inner_step``, for each metric the list of them; where the tasks have a judge, ``judged``: for each of its
+        metrics ``before`` and ``after``; and, for classifiers that normalise by batch statistics, ``inductive``: the
+        accuracy when no query example sees another (``transductive`` then says that the other figures are not of that
+        kind).
         Where tasks fall into groups (see `distmeta.core.types.Grouped`), ``groups`` holds, by the name of each, the
         number of its ``tasks`` and the same figures of these alone.
     """
@@ -84,7 +85,9 @@ def _figures(metrics: Mapping[str, np.ndarray], metric: str) -> Evaluation:
     curves = {name: [mean_ci(column) for column in values.T] for name, values in metrics.items() if name != INDUCTIVE}
     judged = {name.removeprefix(JUDGED): curves.pop(name) for name in metrics if name.startswith(JUDGED)}
     ends = judged.get(metric) or curves[metric]
-    figures: Evaluation = {"before": ends[0], "after": ends[-1], "by_inner_step": curves}
+    each = metrics[f"{JUDGED}{metric}" if metric in judged else metric]
+    change = mean_ci(each[:, -1] - each[:, 0])
+    figures: Evaluation = {"before": ends[0], "after": ends[-1], "change": change, "by_inner_step": curves}
     if judged:
         figures["judged"] = {name: {"before": first, "after": last} for name, (first, last) in judged.items()}
     if INDUCTIVE in metrics:
@@ -160,10 +163,15 @@ def describe(evaluation: Evaluation) -> str:
 
 def show(metric: str, value: dict[str, float]) -> str:
     """A mean and its interval for people: shares of 1 in percent."""
-    interval = f"{100 * value['ci95']:.2f}" if metric in SHARES else f"{value['ci95']:.4f}"
+    interval = f"{100 * value['ci95']:.2f}" if metric in SHARES else f"{value['ci95']:.{_decimals(value['mean'])}f}"
     return f"{show_value(metric, value['mean'])} ± {interval}"
 
 
 def show_value(metric: str, value: float) -> str:
     """One figure for people."""
-    return f"{100 * value:.2f}%" if metric in SHARES else f"{value:.4f}"
+    return f"{100 * value:.2f}%" if metric in SHARES else f"{value:.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    """How many say something of a mean of tasks: a loss has a few before the point, a return many."""
+    return 4 if abs(value) < 10 else 2

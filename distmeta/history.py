@@ -33,6 +33,7 @@ class GroupScores(Ends):
     """The figures of some of an evaluation's tasks (see `distmeta.evaluation.evaluate_tasks`)."""
 
     tasks: int
+    change: Interval | None = None
     by_inner_step: dict[str, Annotated[list[Interval], Field(min_length=1)]]
     judged: dict[str, Ends] = {}
     inductive: Interval | None = None

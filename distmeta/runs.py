@@ -23,7 +23,8 @@ from distmeta.mirror import Mirror, is_url
 MAY_CHANGE = (
     "scaling.num_workers", "scaling.min_workers", "scaling.resources", "scaling.placement", "scaling.cpus_per_worker",
     "scaling.gpus_per_worker", "scaling.address", "scaling.start_timeout", "scaling.shard_timeout", "evaluation",
-    "checkpoint", "validation", "train.steps", "train.log_every", "train.on_failure", "data_root", "name",
+    "checkpoint", "validation", "train.steps", "train.log_every", "train.on_failure", "tasks.step_timeout",
+    "data_root", "name",
 )  # fmt: skip
 """Keys and sections that may be changed when a run is resumed: none changes the parameters after a given step."""
 

@@ -283,8 +283,8 @@ class Training:
                 self._save(run, metrics)  # what has been learned is not lost with the validation that failed
                 raise
             clock.lap("validation")
-        for part in results[0].seconds:
-            clock.seconds[part] = sum(result.seconds[part] for result in results)
+        for part in {part: None for result in results for part in result.seconds}:
+            clock.seconds[part] = sum(result.seconds.get(part, 0.0) for result in results)
         clock.seconds["checkpoint"], self._saving = self._saving, 0.0
         lost = self.executor.retries, self.executor.duplicates
         metrics.add(outer.step, settings.meta_batch_size - len(skipped), means | record, clock.seconds, *lost)
@@ -293,7 +293,7 @@ class Training:
             self._save(run, metrics)
         elif outer.step % settings.log_every == 0:
             metrics.flush()
-        shown = "accuracy" if "accuracy" in means else "loss"
+        shown = next(name for name in (self.problem.metric, "accuracy", "loss") if name in means)
         told = {name: float(np.mean(own[shown])) for name, own in groups.items()}
         progress.advance(outer.step, settings.meta_batch_size, means, told)
         return evaluation

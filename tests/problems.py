@@ -130,7 +130,7 @@ def algorithms() -> dict[str, MetaAlgorithm]:
     made: dict[str, MetaAlgorithm] = {
         name: kind(**({"inner_lr": 0.1} if "inner_lr" in inspect.signature(kind).parameters else {}))
         for name, kind in ALGORITHMS.items()
-        if name != "promp"  # for control alone
+        if name not in ("e-maml", "promp")  # for control alone
     }
     made["imaml"] = IMAML(inner_lr=0.01, regularization=50.0)
     made["cavia-film"] = CAVIA(inner_lr=0.3, inner_steps=2, context=3, layers=("*",), film=True, recompute=True)

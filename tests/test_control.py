@@ -20,7 +20,7 @@ from PIL import Image
 from problems import relative_error
 
 import distmeta
-from distmeta import MAML, MAMLpp, MetaSGD, ProMP, RunFolder
+from distmeta import EMAML, MAML, MAMLpp, MetaSGD, ProMP, RunFolder
 from distmeta.core.algorithm import Bilevel
 from distmeta.core.params import Layout, join, split
 from distmeta.core.policy import PolicyLoss, Rollouts
@@ -40,7 +40,10 @@ ALGORITHMS = {
     "meta-sgd": MetaSGD(inner_lr=0.1),
     "maml-pp": MAMLpp(inner_lr=0.1, inner_steps=2),
     "promp": ProMP(),
+    "e-maml": EMAML(),
+    "e-maml-2": EMAML(inner_steps=2, exploration=5.0),
 }
+ONLY = {"promp": "lvc", "e-maml": "log", "e-maml-2": "log"}  # the estimator that an algorithm needs
 
 
 def problem_with(
@@ -77,9 +80,7 @@ def test_rollouts_hold_what_happened(points: Navigation) -> None:
     total = np.zeros(4)
     for t in range(6):
         assert relative_error(data.observation_ETO[:, t] + 1, position + 1) < 1e-6
-        assert torch.allclose(
-            data.output_ETP[:, t], problem.loss.predict(params, data.observation_ETO[:, t]), atol=1e-6
-        )
+        assert torch.equal(data.output_ETP[:, t], problem.loss.predict(params, data.observation_ETO[:, t]))
         position = position + 0.1 * np.clip(data.action_ETA[:, t].numpy(), -1, 1)
         total -= np.linalg.norm(position - task.goal, axis=1)
     assert relative_error(data.score_EM[:, 0], total) < 1e-5
@@ -127,15 +128,14 @@ def test_episodes_that_end_early_are_padded() -> None:
     assert set(metrics) == {"return"}
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("estimator", ["lvc", "dice"])
+@pytest.mark.parametrize(
+    ("name", "estimator"), [(n, e) for n in ALGORITHMS for e in ("lvc", "dice", "log") if e == ONLY.get(n, e)]
+)
 def test_meta_gradient_and_curvature_by_finite_differences(name: str, estimator: str) -> None:
     """Of the objective and of the divergence as functions of all meta-parameters, on data sampled once.
 
     Away from the parameters that sampled the data, where nothing vanishes.
     """
-    if name == "promp" and estimator == "dice":
-        estimator = "lvc"
     algorithm = ALGORITHMS[name]
     problem, theta = problem_with(Navigation(4, 6, estimator=estimator), algorithm, torch.float64)
     assert isinstance(algorithm, Bilevel)
@@ -200,6 +200,10 @@ SETTINGS = [
 CASES = {
     "navigation-maml-trpo": ["tasks.episodes=4", "tasks.horizon=10", "train.steps=6", "validation.every=3"],
     "navigation-promp": ["tasks.episodes=4", "tasks.horizon=10", "train.steps=6", "validation.every=3"],
+    "navigation-maml-trpo, e-maml": [
+        "algorithm={use: e-maml, inner_lr: 0.5, inner_steps: 2}", "tasks.estimator=log", "tasks.episodes=4",
+        "tasks.horizon=10", "train.steps=3", "validation.every=0",
+    ],
     "ml1-reach-maml-trpo": [
         "tasks.episodes=2", "tasks.horizon=8", "tasks.test_horizon=8", "train.steps=3", "validation.every=0",
     ],
@@ -215,7 +219,7 @@ def test_parameters_do_not_depend_on_the_layout(name: str, tmp_path: Path, ray_c
     settings = [*SETTINGS, *CASES[name]]
 
     def train(folder: str, *more: str) -> RunFolder:
-        return distmeta.train(name, *settings, f"run_dir={tmp_path / folder}", *more)
+        return distmeta.train(name.partition(",")[0], *settings, f"run_dir={tmp_path / folder}", *more)
 
     straight = train("0", "scaling.num_workers=0")
     assert final_parameters(train("2", "scaling.num_workers=2")) == final_parameters(straight)
@@ -329,6 +333,23 @@ def test_goals_make_the_reward() -> None:
     assert relative_error(rewards[1.0] + cost, -(rewards[-1.0] + cost)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("tasks", "names"),
+    [
+        (HalfCheetahDirection(), {"forward": 1.0, "backward": -1.0}),
+        (Ant(), {"forward": 1.0, "backward": -1.0}),
+        (HalfCheetahVelocity(), {}),
+        (Ant(task="goal"), {}),
+    ],
+)
+def test_directions_are_told_apart(tasks: Any, names: dict[str, float]) -> None:
+    problem, _ = problem_with(tasks, MAML())
+    shard = Shard("test", 0, 0, 12)
+    groups = problem.groups([shard])
+    assert {name for one in groups for name in one} == set(names)
+    assert not names or [task.goal for task in problem.build(shard)] == [names[name] for (name,) in groups]
+
+
 class TestMetaWorld:
     def test_tasks_are_those_of_the_benchmark(self) -> None:
         import metaworld
@@ -414,11 +435,15 @@ def test_multi_step_loss_is_for_supervised_tasks(points: Navigation) -> None:
         problem.run("meta_gradient", theta, Shard("train", 0, 0, 1))
 
 
-def test_promp_is_for_control_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="algorithm promp is for tasks of control"):
+@pytest.mark.parametrize("name", ["promp", "e-maml"])
+def test_some_algorithms_are_for_control_alone(name: str, points: Navigation, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"algorithm {name} is for tasks of control"):
         distmeta.train(
-            "sinusoid-maml", "algorithm={use: promp}", "scaling.num_workers=0", f"run_dir={tmp_path / 'run'}"
+            "sinusoid-maml", f"algorithm={{use: {name}}}", "scaling.num_workers=0", f"run_dir={tmp_path / 'run'}"
         )
+    problem, theta = problem_with(Navigation(4, 6, estimator="dice"), ALGORITHMS[name])
+    with pytest.raises(ConfigError, match=f"algorithm {name} .*: it needs tasks.estimator: {ONLY[name]}"):
+        problem.run("meta_gradient", theta, Shard("train", 0, 0, 1))
 
 
 @pytest.fixture(scope="module")

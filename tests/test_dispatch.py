@@ -144,6 +144,17 @@ def test_hung_workers_are_those_at_one_shard_for_long(clock: Clock) -> None:
     assert "b" not in round_.hung(2.0), "twice the time for a shard at which one has been lost"
 
 
+def test_a_shard_that_is_given_up_is_not_waited_for(clock: Clock) -> None:
+    round_ = Dispatch[str](SHARDS[:2], {}, clock)
+    sent(round_, "a")
+    round_.lost("a")
+    round_.give_up(0)
+    assert sent(round_, "b") == [("b", 1)]
+    assert round_.done("b", 1)
+    assert not round_.missing
+    assert not round_.done("a", 0), "a result that comes after all does not count"
+
+
 @pytest.mark.parametrize("timeout", [4.0, 300.0])
 def test_a_worker_that_stands_still_changes_nothing(timeout: float, ray_cluster: None) -> None:
     """Stopped in the middle of its work: another one does its shards, and where it is given up, it is replaced."""

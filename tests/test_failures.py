@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from problems import Blobs, HeadedMLP, problem_of
 
 import distmeta
 from distmeta import MAML, Episode, RunFolder, Split
+from distmeta.distributed import ray as pool
 from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.work import shards_of
 from distmeta.errors import NumericalError, WorkerError
@@ -25,6 +29,7 @@ from distmeta.replay import replay
 from distmeta.tasks.control import Outcome
 from distmeta.tasks.gym_control import GymControl
 from distmeta.tasks.navigation import Navigation, Points
+from distmeta.tasks.watchdog import TICKS, Hung, Watchdog
 
 
 class Poisoned(Blobs):
@@ -146,31 +151,151 @@ class Jammed(Navigation):
     """The environment of about every fourth goal raises."""
 
     def simulator(self, goal: np.ndarray, episodes: int) -> Points:
+        fail = self.fail
+
         class Jam(Points):
             def step(self, action_EA: np.ndarray) -> Outcome:
                 if goal[0] > 0.25:
-                    raise RuntimeError("jammed")
+                    fail()
                 return super().step(action_EA)
 
         return Jam(episodes)
 
+    def fail(self) -> None:
+        raise RuntimeError("jammed")
 
-def test_environments_that_fail_are_skipped_in_all_passes(tmp_path: Path, ray_cluster: None) -> None:
-    settings = ["train.meta_batch_size=8", "train.shard_size=2", "tasks.episodes=2", "tasks.horizon=5", "train.steps=3"]
-    settings += ["validation.every=0", "evaluation.tasks=0", "model.hidden=[8]"]
 
-    def run(folder: str, *more: str) -> RunFolder:
-        tasks = Jammed(episodes=2, horizon=5)
-        return distmeta.train("navigation-maml-trpo", *settings, f"run_dir={tmp_path / folder}", *more, tasks=tasks)
+class Stuck(Jammed):
+    """The environment of about every fourth goal hangs."""
 
-    with pytest.raises(WorkerError, match=r"Jammed raised RuntimeError at the goal .*: jammed"):
+    def fail(self) -> None:
+        threading.Event().wait()
+
+
+def control(folder: Path, tasks: Navigation, *more: str) -> RunFolder:
+    settings = ["train.meta_batch_size=8", "train.shard_size=2", "train.steps=3", "validation.every=0"]
+    settings += ["evaluation.tasks=0", "model.hidden=[8]", f"run_dir={folder}"]
+    return distmeta.train("navigation-maml-trpo", *settings, *more, tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Jammed, r"Jammed raised RuntimeError at the goal \[.*\] \(streams of \d+\): jammed"),
+        (
+            Stuck,
+            r"Stuck hangs at the goal \[.*\] \(streams of \d+\): one step of its 2 copies has taken more than 0.5 s",
+        ),
+    ],
+    ids=["raises", "hangs"],
+)
+def test_environments_that_fail_are_skipped_in_all_passes(
+    kind: type[Jammed], message: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    """With the same bits however they fail, whoever samples them."""
+
+    def run(folder: str, *more: str, kind: type[Jammed] = kind) -> RunFolder:
+        return control(tmp_path / folder, kind(episodes=2, horizon=5, step_timeout=0.5), *more)
+
+    with pytest.raises(WorkerError, match=message):
         run("raise", "scaling.num_workers=0")
     runs = [run(str(n), "train.on_failure=skip", f"scaling.num_workers={n}") for n in (0, 2)]
+    runs.append(run("raises", "train.on_failure=skip", "scaling.num_workers=0", kind=Jammed))
     lines = [[record for record in each.records() if record["kind"] == "train"] for each in runs]
-    assert any("jammed" in entry["why"] for line in lines[0] for entry in line.get("skipped", []))
+    assert any(kind.__name__ in entry["why"] for line in lines[0] for entry in line.get("skipped", []))
     assert [line.get("skipped") for line in lines[0]] == [line.get("skipped") for line in lines[1]]
     assert all(line["gain"] > 0 and 0 < line["kl"] <= 0.02 for line in lines[0])
     assert len({(each.checkpoints / "step-00000003" / "meta.safetensors").read_bytes() for each in runs}) == 1
+
+
+def test_a_shard_that_always_hangs_is_left_out(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no signal reaches the environment, its worker is ended, and another, and then it is done without."""
+    monkeypatch.setattr(pool, "TRIES", 2)
+    monkeypatch.setattr(pool, "HANGS", 1.0)
+    caplog.set_level(logging.WARNING, "distmeta")
+
+    def run(folder: str, tasks: Jammed, *more: str) -> RunFolder:
+        return control(tmp_path / folder, tasks, "train.shard_size=1", "train.steps=1", *more)
+
+    stuck = Stuck(episodes=2, horizon=5, step_timeout=None)
+    workers = ["scaling.num_workers=2", "scaling.shard_timeout=2"]
+    left = run("left", stuck, "train.on_failure=skip", *workers)
+    jammed = run("jammed", Jammed(episodes=2, horizon=5), "train.on_failure=skip", "scaling.num_workers=0")
+    skipped = [{e["task"]: e["why"] for r in each.records() for e in r.get("skipped", [])} for each in (left, jammed)]
+    assert 0 < len(skipped[0]) < 8
+    assert skipped[0].keys() == skipped[1].keys()
+    task, why = skipped[0].popitem()
+    assert f"tasks {task}-{task} of step 0 (split train) have lost 2 workers in a row, with seed 0: at one shard" in why
+    last = "checkpoints/step-00000001/meta.safetensors"
+    assert (left.path / last).read_bytes() == (jammed.path / last).read_bytes()
+    with pytest.raises(WorkerError, match=r"have lost 2 workers in a row, with seed 0: .* raise scaling.shard_timeout"):
+        run("raise", stuck, *workers)
+
+
+class TestWatchdog:
+    def test_a_call_is_interrupted_and_others_are_not(self) -> None:
+        with Watchdog(0.2) as watchdog:
+            for _ in range(5):
+                watchdog.call(lambda: time.sleep(0.1))
+            start = time.monotonic()
+            with pytest.raises(Hung):
+                watchdog.call(threading.Event().wait)
+            assert time.monotonic() - start < 5
+            time.sleep(0.5)  # between calls nothing is limited
+            assert watchdog.call(lambda: 7) == 7
+
+    def test_a_call_that_goes_on_is_interrupted_again(self) -> None:
+        def stubborn() -> None:
+            for _ in range(3):
+                try:
+                    threading.Event().wait()
+                except Hung:
+                    last = time.monotonic()
+            raise TimeoutError(last)
+
+        with Watchdog(0.2) as watchdog, pytest.raises(TimeoutError):
+            watchdog.call(stubborn)
+
+    def test_a_process_that_is_stopped_does_not_hang(self) -> None:
+        """The alarms of the time in which it does not run are one, as those of a time in which they are blocked."""
+
+        def pause() -> str:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            time.sleep(0.5)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+            return "done"
+
+        assert TICKS > 2
+        with Watchdog(0.3) as watchdog:
+            assert watchdog.call(pause) == "done"
+
+    def test_another_alarm_goes_on(self) -> None:
+        rung: list[int] = []
+        before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+        timer = signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            with Watchdog(1.0) as watchdog:
+                watchdog.call(lambda: time.sleep(0.4))
+                assert not rung
+            time.sleep(0.1)
+            assert rung == [signal.SIGALRM]
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+
+    def test_other_threads_are_not_limited(self) -> None:
+        given: list[int] = []
+
+        def elsewhere() -> None:
+            with Watchdog(1e-3) as watchdog:
+                given.append(watchdog.call(lambda: (time.sleep(0.1), 5)[1]))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert given == [5]
 
 
 class Dying(gymnasium.Env):

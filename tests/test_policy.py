@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch
 from problems import relative_error
 from torch import Tensor, nn
 
+from distmeta.algorithms import EMAML
 from distmeta.config import Outer, TrustRegion
 from distmeta.core.params import Layout
 from distmeta.core.policy import ACTIONS, ActionSpec, PolicyLoss, Rollouts, advantages
+from distmeta.core.types import MetaParams, Params
 from distmeta.errors import NumericalError
 from distmeta.outer import OuterLoop
 from distmeta.trust_region import natural_step
@@ -102,36 +106,56 @@ class Table(nn.Module):
 
 
 class Process:
-    """Three states, two actions, ``horizon`` steps, from state 0: small enough to enumerate all that can happen."""
+    """A few states, two actions, ``horizon`` steps, from state 0: small enough to enumerate all that can happen."""
 
-    def __init__(self, horizon: int) -> None:
+    def __init__(self, horizon: int, states: int = 3) -> None:
         rng = np.random.default_rng(2)
-        self.horizon = horizon
-        self.move = torch.from_numpy(rng.dirichlet(np.ones(3), (3, 2)))  # from (state, action) to state
-        self.reward = torch.from_numpy(rng.standard_normal((3, 2)))
+        self.horizon, self.states = horizon, states
+        self.move = torch.from_numpy(rng.dirichlet(np.ones(states), (states, 2)))  # from (state, action) to state
+        self.reward = torch.from_numpy(rng.standard_normal((states, 2)))
 
     def expected_return(self, logits: Tensor) -> Tensor:
         """J(theta), by dynamic programming."""
         policy = logits.softmax(-1)
-        value = torch.zeros(3, dtype=DOUBLE)
+        value = torch.zeros(self.states, dtype=DOUBLE)
         for _ in range(self.horizon):
             value = (policy * (self.reward + self.move @ value)).sum(-1)
         return value[0]
 
+    def episodes(self) -> list[Rollouts]:
+        """All that can happen, each as a set of one episode."""
+        paths = [[(0, a)] for a in range(2)]
+        for _ in range(1, self.horizon):
+            paths = [[*path, (s, a)] for path in paths for s in range(self.states) for a in range(2)]
+        return [self.rollouts(*torch.tensor([path]).unbind(-1)) for path in paths]
+
+    def chance(self, data: Rollouts) -> Tensor:
+        """The probability of the states of one episode, given its actions."""
+        states, actions = data.observation_ETO[0, :, 0].long(), data.action_ETA[0, :, 0]
+        return self.move[states[:-1], actions[:-1], states[1:]].prod()
+
+    def by(self, logits: Tensor, data: Rollouts) -> Rollouts:
+        """Episodes as those of the policy ``logits``."""
+        return data._replace(output_ETP=logits[data.observation_ETO[..., 0].long()].detach())
+
+    def rollouts(self, states: Tensor, actions: Tensor) -> Rollouts:
+        """Episodes (E, T), with the rewards to come for advantages, as those of a policy of equal logits."""
+        rewards = self.reward[states, actions]
+        to_go = rewards.flip(1).cumsum(1).flip(1)
+        ones = torch.ones_like(rewards)
+        outputs = torch.zeros(*states.shape, 2, dtype=DOUBLE)
+        return Rollouts(states[..., None].double(), actions[..., None], outputs, to_go, ones, to_go[:, :1])
+
     def sample(self, logits: Tensor, episodes: int) -> Rollouts:
         generator = torch.Generator().manual_seed(1)
         state = torch.zeros(episodes, dtype=torch.long)
-        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        columns: list[tuple[Tensor, Tensor]] = []
         for _ in range(self.horizon):
             action = torch.multinomial(logits.softmax(-1)[state], 1, generator=generator)[:, 0]
-            columns.append((state, action, self.reward[state, action]))
+            columns.append((state, action))
             state = torch.multinomial(self.move[state, action], 1, generator=generator)[:, 0]
-        states, actions, rewards = (torch.stack(column, 1) for column in zip(*columns, strict=True))
-        to_go = rewards.flip(1).cumsum(1).flip(1)
-        ones = torch.ones_like(rewards)
-        return Rollouts(
-            states[..., None].double(), actions[..., None], logits[states].detach(), to_go, ones, to_go[:, :1]
-        )
+        states, actions = (torch.stack(column, 1) for column in zip(*columns, strict=True))
+        return self.by(logits, self.rollouts(states, actions))
 
 
 @pytest.mark.parametrize(("estimator", "horizon"), [("dice", 3), ("dice", 1), ("lvc", 1)])
@@ -169,6 +193,65 @@ def test_lvc_leaves_out_a_part_of_the_hessian() -> None:
     exact = lambda f: process.expected_return(f.reshape(3, 2))  # noqa: E731
     assert relative_error(torch.func.grad(total)(flat), torch.func.grad(exact)(flat)) < 0.05
     assert relative_error(torch.func.hessian(total)(flat), torch.func.hessian(exact)(flat)) > 0.1
+
+
+class Given(NamedTuple):
+    """A task whose data have been sampled: a support set for each inner step, and one more."""
+
+    supports: Sequence[Rollouts]
+    query_set: Rollouts
+
+    def support(self, params: Params, inner_step: int) -> Rollouts:
+        return self.supports[inner_step]
+
+    def query(self, params: Params) -> Rollouts:
+        return self.query_set
+
+
+@pytest.mark.parametrize(("horizon", "steps"), [(2, 1), (1, 2)])
+def test_e_maml_is_unbiased(horizon: int, steps: int) -> None:
+    """Its gradient, over all that can be sampled, against the derivative of the return that is expected after adapting.
+
+    Every support set is one episode. All that can happen is enumerated, so that nothing is left to chance.
+    """
+    process, rate = Process(horizon, states=2), 0.7
+    episodes = process.episodes()
+    loss = PolicyLoss(Table(2), ActionSpec("categorical", 2, estimator="log"))
+
+    def likelihood(logits: Tensor, data: Rollouts) -> Tensor:
+        own = loss.actions.log_prob(logits[data.observation_ETO[..., 0].long()], data.action_ETA).sum().exp()
+        return own * process.chance(data)
+
+    def adapted(logits: Tensor, data: Rollouts) -> Tensor:
+        ratio = loss.actions.log_prob(logits[data.observation_ETO[..., 0].long()], data.action_ETA)
+        (gradient,) = torch.autograd.grad((ratio * data.advantage_ET).mean(), logits, create_graph=True)
+        return logits + rate * gradient
+
+    def expected(logits: Tensor, left: int) -> Tensor:
+        if left == 0:
+            return process.expected_return(logits) / horizon
+        return torch.stack([likelihood(logits, e) * expected(adapted(logits, e), left - 1) for e in episodes]).sum()
+
+    start = loss.init()["logits"].requires_grad_()
+    (truth,) = torch.autograd.grad(expected(start, steps), start)
+
+    def mean_gradient(exploration: float) -> Tensor:
+        algorithm = EMAML(inner_lr=rate, inner_steps=steps, exploration=exploration)
+        total = torch.zeros_like(start)
+        for chosen in itertools.product(episodes, repeat=steps + 1):
+            at, weight, sets = start, likelihood(start, chosen[-1]), list[Rollouts]()  # the last one for the baseline
+            for one in chosen[:-1]:
+                sets.append(process.by(at, one))
+                weight, at = weight * likelihood(at, one), adapted(at, one)
+            sets.append(process.by(start, chosen[-1]))
+            for query in episodes:
+                task, share = Given(sets, process.by(at, query)), float((weight * likelihood(at, query)).detach())
+                meta = MetaParams({"logits": start.detach()}, {})
+                total -= share * algorithm.meta_gradient(meta, task, loss, step=0).gradient.model["logits"]
+        return total
+
+    assert relative_error(mean_gradient(1.0), truth) < 1e-12
+    assert relative_error(mean_gradient(0.0), truth) > 0.05, "the term says something"
 
 
 def test_clipping_takes_what_is_lower() -> None:

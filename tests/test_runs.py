@@ -63,6 +63,7 @@ def test_a_run_folder_holds_what_the_design_says(trained: RunFolder) -> None:
     assert {"mean", "ci95"} == set(test["inductive"]) == set(test["before"]) == set(summary["nearest_neighbour"])
     assert len(test["by_inner_step"]["accuracy"]) == 4  # before and after each of 3 inner steps
     assert test["by_inner_step"]["accuracy"][3] == test["after"]
+    assert test["change"]["mean"] == pytest.approx(test["after"]["mean"] - test["before"]["mean"])
     assert (trained.path / "report" / "index.html").stat().st_size > 1000
     kinds = [record["kind"] for record in trained.records()]
     assert kinds == ["val", "train"] * 3

@@ -5,6 +5,7 @@ distribution follow from that.
 """
 
 from distmeta.algorithms.cavia import CAVIA
+from distmeta.algorithms.e_maml import EMAML
 from distmeta.algorithms.imaml import IMAML
 from distmeta.algorithms.joint import Joint
 from distmeta.algorithms.learned_optimizer import LearnedOptimizer
@@ -21,6 +22,7 @@ from distmeta.core.algorithm import MetaAlgorithm
 
 ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
     "cavia": CAVIA,
+    "e-maml": EMAML,
     "imaml": IMAML,
     "joint": Joint,
     "learned-optimizer": LearnedOptimizer,
@@ -38,6 +40,7 @@ ALGORITHMS: dict[str, type[MetaAlgorithm]] = {
 __all__ = [
     "ALGORITHMS",
     "CAVIA",
+    "EMAML",
     "IMAML",
     "MAML",
     "R2D2",

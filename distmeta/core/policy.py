@@ -6,6 +6,7 @@ the policy puts out for one observation, ``M`` scores of an episode.
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -118,7 +119,7 @@ ACTIONS: dict[str, Actions] = {"gaussian": Gaussian(), "categorical": Categorica
 """Kinds of actions: numbers, or one of several."""
 
 Kind = Literal["gaussian", "categorical"]
-Estimator = Literal["lvc", "dice"]
+Estimator = Literal["lvc", "dice", "log"]
 
 
 class ActionSpec(NamedTuple):
@@ -140,11 +141,12 @@ class PolicyLoss(PureModule):
 
         lvc:   L(theta) = − mean r_t A_t                               (low variance curvature; Rothfuss et al., 2019)
         dice:  L(theta) = − mean (Π_{u ≤ t} r_u − Π_{u < t} r_u) A_t   (loaded DiCE; Farquhar et al., 2019)
+        log:   L(theta) = − mean log r_t A_t                           (the policy gradient; Finn et al., 2017)
 
-    At theta = old both have the gradient of the policy gradient theorem. Their second derivatives, which MAML takes,
+    At theta = old all have the gradient of the policy gradient theorem. Their second derivatives, which MAML takes,
     differ: those of dice are unbiased, with a variance that grows with the episode's length; lvc leaves out how an
-    action changes the distribution of later states, as Rothfuss et al. derive and recommend. (MAML's first
-    implementations took log pi_theta for r, whose second derivative lacks the term ∇log pi ∇log piᵀ altogether.)
+    action changes the distribution of later states, as Rothfuss et al. derive and recommend; log lacks the term
+    ∇log pi ∇log piᵀ altogether, and is right where what has been sampled counts as given, as for E-MAML.
 
     Args:
         module: From observations (…, O) to outputs (…, P).
@@ -155,6 +157,15 @@ class PolicyLoss(PureModule):
         super().__init__(module)
         self.spec = spec
         self.actions = ACTIONS[spec.kind]
+
+    @torch.no_grad()
+    def at(self, params: Params) -> nn.Module:
+        """f_theta as a module of its own, for many calls without gradient: one costs half of one of `predict`."""
+        module = copy.deepcopy(self.module)
+        for name, parameter in module.named_parameters():
+            if name in params:
+                parameter.copy_(params[name])
+        return module
 
     def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
         """L_T(theta; D), and the mean of each score over the episodes of D."""
@@ -178,7 +189,7 @@ class PolicyLoss(PureModule):
             upto = log_ratio_ET.cumsum(1)
             gain = (upto.exp() - (upto - log_ratio_ET).exp()) * data.advantage_ET
         else:
-            gain = ratio * data.advantage_ET
+            gain = (log_ratio_ET if self.spec.estimator == "log" else ratio) * data.advantage_ET
         if clip is not None:
             gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * data.advantage_ET)
         return (gain * data.valid_ET).sum() / data.valid_ET.sum()

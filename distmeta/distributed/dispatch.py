@@ -120,6 +120,12 @@ class Dispatch(Generic[W]):
             self.again.add(queue[0])
         return queue[0] if queue else None
 
+    def give_up(self, index: int) -> None:
+        """Takes in that a shard is to have no result."""
+        if index in self.waiting:
+            self.waiting.remove(index)
+        self.missing.discard(index)
+
     def hung(self, limit: float) -> list[W]:
         """The workers that have been at a shard for more than ``limit`` seconds, twice that for each one lost at it."""
         at = {worker: queue[0] for worker, queue in self.queues.items() if queue}

@@ -32,7 +32,7 @@ from distmeta.core.types import Portable
 from distmeta.distributed.cluster import amounts, capacity, connect, demand, draining
 from distmeta.distributed.dispatch import QUEUED, Dispatch
 from distmeta.distributed.gauges import Gauges
-from distmeta.distributed.work import Problem, Shard, ShardResult, Work, span
+from distmeta.distributed.work import Problem, Shard, ShardResult, Work, left_out, span
 from distmeta.distributed.worker import Ready, Worker
 from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
 
@@ -75,6 +75,7 @@ class RayPool:
             connect(scaling)
         try:
             self._need, self._most, self._tasks = demand(scaling), most, problem.tasks
+            self._skip, self._seed = problem.on_failure == "skip", problem.seed
             self._least = scaling.min_workers or (1 if scaling.num_workers == "auto" else scaling.num_workers)
             self.size = self._size()
             if scaling.min_workers is None:
@@ -95,6 +96,7 @@ class RayPool:
             self._workers: dict[Any, Ready] = {}
             self._leaving: set[Any] = set()  # those of them whose nodes are about to go
             self._holders: dict[Shard, Any] = {}  # who has sampled the data of which shard of this step
+            self._given_up: dict[Shard, str] = {}  # the shards of this step that hang, and what has been said of them
             self._late: dict[ray.ObjectRef, tuple[Any, float]] = {}  # shards that others have done, and since when
             self._slowest = 0.0  # seconds of a shard
             self._left_out = 0
@@ -266,7 +268,11 @@ class RayPool:
         further = None if second is None else ray.put(second)
         if second is None:
             self._holders.clear()
+            self._given_up.clear()
         round_ = Dispatch(shards, self._holders)
+        for index, shard in enumerate(shards):
+            if shard in self._given_up:
+                round_.give_up(index)
         results: dict[int, ShardResult] = {}
         running: dict[ray.ObjectRef, tuple[Any, int]] = {}
         # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
@@ -294,7 +300,7 @@ class RayPool:
                 raise self._none_started(1)
             limit = max(self.scaling.shard_timeout, HANGS * self._slowest)
             for worker in [*round_.hung(limit), *self._hung_since(limit)]:
-                self._lose(worker, round_, f"at one shard for more than {limit:.0f} s", HUNG)
+                self._lose(worker, round_, f"at one shard for more than {limit:.0f} s", hung=True)
             for ref in done:
                 if ref in self._starting:
                     self._admit([ref])
@@ -307,7 +313,10 @@ class RayPool:
                         worker.prepare.remote(ahead.pop(worker))
         # A worker that is still at a shard which another has done is free again when it has done it, too.
         self._late |= {ref: (w, round_.began[w]) for ref, (w, _) in running.items() if w in self._workers}
-        ordered = [results[index] for index in range(len(shards))]
+        ordered = [
+            left_out(work, vector, shard, self._given_up[shard]) if shard in self._given_up else results[index]
+            for index, shard in enumerate(shards)
+        ]
         if work == "meta_gradient" and second is None:
             self._gauges.step(ordered, time.perf_counter() - start, len(self._workers))
         return ordered
@@ -352,7 +361,7 @@ class RayPool:
         state = self._workers[worker]
         return f"{state.label} on {state.node} (process {state.process})"
 
-    def _lose(self, worker: Any, round_: Dispatch[Any], why: str, remedy: str = DEAD) -> None:
+    def _lose(self, worker: Any, round_: Dispatch[Any], why: str, hung: bool = False) -> None:
         """Lets go of a worker that is lost or hangs, and starts another, without waiting for it."""
         if worker not in self._workers:
             return
@@ -370,7 +379,11 @@ class RayPool:
         else:
             self._add_worker()
         if at is not None and round_.tries[at] >= TRIES:
-            raise WorkerError(f"{where} have lost {TRIES} workers in a row: {why}. {remedy}")
+            text = f"{where} have lost {TRIES} workers in a row, with seed {self._seed}: {why}"
+            if not (hung and self._skip):
+                raise WorkerError(f"{text}. {HUNG if hung else DEAD}")
+            self._given_up[round_.shards[at]] = text
+            round_.give_up(at)
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""

@@ -78,6 +78,13 @@ class ShardResult(NamedTuple):
     """Tasks that were left out, by their index in the meta-batch, with the reason."""
 
 
+def left_out(work: Work, vector: np.ndarray, shard: Shard, why: str) -> ShardResult:
+    """The result of a shard all of whose tasks are skipped."""
+    total = np.zeros_like(vector) if work in ("meta_gradient", "curvature") else None
+    skipped = dict.fromkeys(range(shard.first, shard.first + shard.size), why)
+    return ShardResult(total, {}, {"sample": 0.0, "adapt": 0.0}, 0, skipped)
+
+
 @contextmanager
 def reproducible(threads: int, seed: int) -> Generator[None]:
     """Within this context torch computes with ``threads`` threads and deterministic kernels.

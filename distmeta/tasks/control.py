@@ -27,7 +27,9 @@ from distmeta.errors import (
     WorkerError,
     at_least,
     one_line,
+    positive,
 )
+from distmeta.tasks.watchdog import Hung, Watchdog
 
 Floats = NDArray[np.floating[Any]]
 
@@ -81,7 +83,8 @@ class Control(ABC):
     test_horizon: Annotated[int | None, "time steps in validation, evaluation and adaptation; null: horizon"] = None
     discount: Annotated[float, "gamma, by which later rewards count less"] = 0.99
     gae_lambda: Annotated[float, "lambda of generalised advantage estimation; 1: returns less their baseline"] = 1.0
-    estimator: Annotated[Estimator, "of the policy gradient's own derivative: lvc or dice (see PolicyLoss)"] = "lvc"
+    estimator: Annotated[Estimator, "of the policy gradient's derivative: lvc, dice or log (see PolicyLoss)"] = "lvc"
+    step_timeout: Annotated[float | None, "seconds in one step or reset after which it hangs; null: never"] = 60.0
 
     measures_success = False
     """Whether an episode can succeed; it has if its goal was reached at any step."""
@@ -93,6 +96,8 @@ class Control(ABC):
         for key in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"tasks.{key} must be between 0 and 1; given: {getattr(self, key)}")
+        if self.step_timeout is not None:
+            positive("tasks.step_timeout", self.step_timeout)
         self._policy: PolicyLoss | None = None
 
     @property
@@ -179,41 +184,41 @@ class ControlTask:
         """Samples the episodes of the stream ``name``, ``number``.
 
         Raises:
-            WorkerError: The environment raised.
+            WorkerError: The environment raised, or hangs.
             DataError: An observation or a reward is not finite.
             NumericalError: What the policy puts out is not finite.
         """
         try:
-            return self._rollouts(params, name, number)
+            with Watchdog(self.tasks.step_timeout) as watchdog:
+                return self._rollouts(watchdog, params, name, number)
         except BaseException:
             self.tasks.forget(self.goal)
             raise
 
     @torch.no_grad()
-    def _rollouts(self, params: Params, name: str, number: int) -> Rollouts:
+    def _rollouts(self, watchdog: Watchdog, params: Params, name: str, number: int) -> Rollouts:
         tasks, kind = self.tasks, self.policy.actions
-        params = {key: tensor.detach() for key, tensor in params.items()}
         first = next(iter(params.values()))
-        device, dtype = first.device, first.dtype
+        device, dtype, policy = first.device, first.dtype, self.policy.at(params)
         rng, seeds = self._stream(name, number)
         noise = torch.from_numpy(kind.noise(rng, (self.horizon, self.episodes), tasks.spaces.actions)).to(device, dtype)
         observations, actions, outputs, rewards, valid, success = [], [], [], [], [], np.zeros(self.episodes)
         simulator = tasks.simulator(self.goal, self.episodes)
         alive = np.ones(self.episodes, bool)
-        observation = self._stepped(lambda: simulator.reset(self.goal, seeds))
+        observation = self._stepped(watchdog, lambda: simulator.reset(self.goal, seeds))
         self._check("first observation", observation, alive, 0)
         for t in range(self.horizon):
             start = time.perf_counter()
             seen = torch.from_numpy(observation).to(device, dtype)
-            output = self.policy.predict(params, seen)
+            output = policy(seen)
             if not bool(output.sum().isfinite()):
                 raise NumericalError(
-                    f"what the policy puts out is not finite in step {t}, at the goal {_short(self.goal)} (streams of "
-                    f"{self.key}): its adaptation diverges; lower algorithm.inner_lr"
+                    f"what the policy puts out is not finite in step {t}, {self._where()}: its adaptation "
+                    "diverges; lower algorithm.inner_lr"
                 )
             action = kind.act(output, noise[t])
             self.seconds["policy"] += time.perf_counter() - start
-            outcome = self._stepped(lambda a=action: simulator.step(a.cpu().numpy()))
+            outcome = self._stepped(watchdog, lambda a=action: simulator.step(a.cpu().numpy()))
             self._check("observation", outcome.observation_EO, alive, t)
             self._check("reward", outcome.reward_E, alive, t)
             observations.append(seen)
@@ -256,17 +261,22 @@ class ControlTask:
         actions = query.action_ETA[0, : int(query.valid_ET[0].sum())].cpu().numpy()
         return self.tasks.film(self.goal, seeds[0], actions, every)
 
-    def _stepped(self, call: Callable[[], Any]) -> Any:
-        """What the simulator gives, its time counted and its exceptions named."""
+    def _stepped(self, watchdog: Watchdog, call: Callable[[], Any]) -> Any:
+        """What the simulator gives, its time counted and limited, and its exceptions named."""
         start = time.perf_counter()
         try:
-            return call()
+            return watchdog.call(call)
         except DistmetaError:
             raise
+        except Hung as error:
+            raise WorkerError(
+                f"the environment {type(self.tasks).__name__} hangs {self._where()}: one step of its {self.episodes} "
+                f"copies has taken more than {watchdog.limit:g} s; if it is merely slow, raise tasks.step_timeout"
+            ) from error
         except Exception as error:
             raise WorkerError(
-                f"the environment {type(self.tasks).__name__} raised {type(error).__name__} at the goal "
-                f"{_short(self.goal)} (streams of {self.key}): {one_line(error)}"
+                f"the environment {type(self.tasks).__name__} raised {type(error).__name__} {self._where()}: "
+                f"{one_line(error)}"
             ) from error
         finally:
             self.seconds["environment"] += time.perf_counter() - start
@@ -277,9 +287,9 @@ class ControlTask:
             episode = int(np.flatnonzero(bad)[0])
             raise DataError(
                 f"the {what} of the environment {type(self.tasks).__name__} is not finite in episode {episode}, step "
-                f"{t}, at the goal {_short(self.goal)} (streams of {self.key})"
+                f"{t}, {self._where()}"
             )
 
-
-def _short(goal: Any) -> str:
-    return " ".join(str(goal).split())[:100]
+    def _where(self) -> str:
+        goal = " ".join(str(self.goal).split())[:100]
+        return f"at the goal {goal} (streams of {self.key})"

@@ -57,6 +57,10 @@ class HalfCheetahDirection(Gym):
         """1, forward, or -1."""
         return float(rng.choice([-1.0, 1.0]))
 
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+        """The direction (see `distmeta.core.types.Grouped`)."""
+        return (_direction(self.draw(rng, split)),)
+
     def judge(self, env: Any, goal: float, reward: float, info: dict[str, Any]) -> tuple[float, float]:
         """goal · velocity − cost of control."""
         return goal * info["x_velocity"] + info["reward_ctrl"], 0.0
@@ -72,6 +76,10 @@ class HalfCheetahVelocity(HalfCheetahDirection):
     def draw(self, rng: np.random.Generator, split: Split) -> float:
         """The velocity."""
         return float(rng.uniform(0.0, 2.0))
+
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+        """None: velocities are many."""
+        return ()
 
     def judge(self, env: Any, goal: float, reward: float, info: dict[str, Any]) -> tuple[float, float]:
         """−|velocity − goal| − cost of control."""
@@ -103,6 +111,10 @@ class Ant(Gym):
         angle, distance = rng.uniform(0, 2 * np.pi), self.radius * rng.uniform() ** 0.5
         return distance * np.array([np.cos(angle), np.sin(angle)])
 
+    def groups_of(self, rng: np.random.Generator, split: Split) -> tuple[str, ...]:
+        """The direction, where that is the task."""
+        return (_direction(self.draw(rng, split)),) if self.task == "direction" else ()
+
     def judge(self, env: Any, goal: Any, reward: float, info: dict[str, Any]) -> tuple[float, float]:
         """The task's reward in the place of the velocity forward."""
         rest = reward - info["reward_forward"]
@@ -110,6 +122,10 @@ class Ant(Gym):
             return goal * info["x_velocity"] + rest, 0.0
         at: Floats = np.array([info["x_position"], info["y_position"]])
         return -float(np.linalg.norm(at - goal)) + rest, 0.0
+
+
+def _direction(goal: float) -> str:
+    return "forward" if goal > 0 else "backward"
 
 
 def _gymnasium() -> Any:
