@@ -48,12 +48,13 @@ def _by_group(result: Evaluation) -> Table:
 
 def _scope(result: dict[str, Any], tasks: int) -> Iterator[Table | str]:
     recall = f"{100 * result['recall']:.4g}%"
-    table = Table(
-        "score",
-        title=f"queries out of scope, {tasks} unseen tasks; thresholds keep {recall} of the in-scope queries of "
-        f"{result['validation_tasks']} validation tasks",
-        title_justify="left",
+    title = (
+        f"queries out of scope, {tasks} unseen tasks; thresholds keep {recall} of the in-scope queries of "
+        f"{result['validation_tasks']} validation tasks"
     )
+    table = Table("", title=title, title_justify="left")
+    for kind in result["scores"]:
+        table.add_column(f"by {kind}", justify="right")
     headings = {
         "auroc": "AUROC",
         "fpr95": "FPR at 95% TPR",
@@ -61,10 +62,9 @@ def _scope(result: dict[str, Any], tasks: int) -> Iterator[Table | str]:
         "accuracy": "in scope, kept and right",
         "found": "out of scope, found",
     }
-    for heading in (*headings.values(), "threshold"):
-        table.add_column(heading, justify="right")
-    for kind, found in result["scores"].items():
-        table.add_row(kind, *(show(name, found[name]) for name in headings), f"{found['threshold']:.8g}")
+    for name, heading in headings.items():
+        table.add_row(heading, *(show(name, found[name]) for found in result["scores"].values()))
+    table.add_row("threshold", *(f"{found['threshold']:.8g}" for found in result["scores"].values()))
     yield table
     best = max(result["scores"], key=lambda kind: result["scores"][kind]["auroc"]["mean"])
     yield f"adapt: --score {best} --out-of-scope {result['scores'][best]['threshold']:.8g}"
