@@ -6,6 +6,8 @@ import copy
 import csv
 import io
 import json
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import safetensors.torch
@@ -14,18 +16,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distmeta import checkpoint as storage
-from distmeta.core.loss import Criterion, uses_batch_statistics
+from distmeta.config import Config
+from distmeta.core.loss import Criterion, predict_alone, uses_batch_statistics
 from distmeta.core.params import split
 from distmeta.core.policy import PolicyLoss
-from distmeta.core.types import Batch, Episode, Params, TaskDistribution
-from distmeta.distributed.work import Shard, reproducible
+from distmeta.core.scope import SCORES, Scope
+from distmeta.core.seeds import stream
+from distmeta.core.types import Batch, Episode, OpenSet, Params, TaskDistribution
+from distmeta.distributed.work import Problem, Shard, reproducible
 from distmeta.errors import ConfigError, RunError
-from distmeta.evaluation import Evaluation, evaluate_tasks
+from distmeta.evaluation import Evaluation, evaluate_scope, evaluate_tasks
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble, build_part, complete
 from distmeta.outer import check_constants, check_same
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.tasks.control import ControlTask
-from distmeta.tasks.own import Predictions, ReadsOwnTasks
+from distmeta.tasks.own import OUT_OF_SCOPE, OwnClasses, OwnTask, Predictions, ReadsOwnTasks
 from distmeta.training import executor_of
 
 
@@ -52,11 +57,7 @@ class Adapted:
         """
         if self._alone:
             return self.module(*inputs)[..., : self._classes]
-        rows = [
-            self.module(*(torch.cat([s, x[i : i + 1]]) for s, x in zip(self._support, inputs, strict=True)))[-1]
-            for i in range(len(inputs[0]))
-        ]
-        return torch.stack(rows)[..., : self._classes]
+        return predict_alone(self.module, self._support, inputs)[..., : self._classes]
 
 
 def restore(run: RunFolder, experiment: Experiment, which: str) -> Params:
@@ -116,6 +117,7 @@ def evaluate(
     *overrides: str,
     episodes: int | None = None,
     checkpoint: str = "best",
+    out_of_scope: float | None = None,
     model: nn.Module | None = None,
     loss: Criterion | None = None,
     tasks: TaskDistribution | None = None,
@@ -129,10 +131,12 @@ def evaluate(
             ``tasks.shots=5`` or ``algorithm.test_inner_steps=20``.
         episodes: Number of tasks; None for the configuration's ``evaluation.tasks``.
         checkpoint: ``best`` by validation, ``last``, or a step.
+        out_of_scope: The share of in-scope queries that is to be kept when those out of scope are rejected, by a
+            threshold that validation tasks choose; None: do not judge that.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
 
     Returns:
-        See `distmeta.evaluation.evaluate_tasks`.
+        See `distmeta.evaluation.evaluate_tasks`; ``out_of_scope`` is what `distmeta.evaluation.evaluate_scope` gives.
 
     Raises:
         DistmetaError: See `distmeta.errors`.
@@ -147,13 +151,34 @@ def evaluate(
     count = config.evaluation.tasks if episodes is None else episodes
     if count < 2:
         raise ConfigError(f"episodes must be at least 2, for there to be an interval; given: {count}")
-    vector = problem.layout.pack(restore(run, experiment, checkpoint))
-    shards = -(-count // config.evaluation.shard_size)
-    with executor_of(config, problem, shards) as executor:
-        return evaluate_tasks(executor, problem, vector, "test", count, config.evaluation.shard_size)
+    if out_of_scope is not None:
+        _check_scope(problem, config, out_of_scope)
+    vector, size = problem.layout.pack(restore(run, experiment, checkpoint)), config.evaluation.shard_size
+    with executor_of(config, problem, -(-count // size)) as executor:
+        evaluation = evaluate_tasks(executor, problem, vector, "test", count, size)
+        if out_of_scope is not None:
+            evaluation["out_of_scope"] = evaluate_scope(
+                executor, vector, out_of_scope, count, config.validation.tasks, size
+            )
+    return evaluation
 
 
-def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkpoint: str = "best") -> Predictions:
+def _check_scope(problem: Problem, config: Config, recall: float) -> None:
+    if not 0 < recall <= 1:
+        raise ConfigError(
+            f"--out-of-scope is the share of in-scope queries to keep, more than 0 and 1 at most; given: {recall}"
+        )
+    if not isinstance(problem.tasks, OpenSet):
+        raise ConfigError(
+            f"{config.tasks.use} has no examples out of scope of its classes; clinc150 has, and text with "
+            "tasks.out_of_scope=LABEL"
+        )
+    problem.tasks.outside(stream(0), "test")  # raises where there are none
+
+
+def adapt_files(
+    run: RunFolder, support: Path, query: Path, out: Path, *, checkpoint: str = "best", scope: Scope | None = None
+) -> Predictions:
     """Adapts to a user's own task, read from files, and predicts.
 
     Args:
@@ -163,6 +188,7 @@ def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkp
         out: A new folder for ``predictions.csv``, ``adapted.safetensors`` (the adapted weights) and, for classes,
             ``classes.json`` (the class of each output).
         checkpoint: ``best`` by validation, ``last``, or a step.
+        scope: What is taken as a query of none of the classes; None: nothing.
 
     Raises:
         DistmetaError: See `distmeta.errors`.
@@ -176,6 +202,8 @@ def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkp
             "distmeta.adapt in Python"
         )
     own = tasks.own_task(support, query)
+    if scope is not None:
+        own = _within(own, scope, run)
     adapted = _adapt(experiment, restore(run, experiment, checkpoint), own.support)
     predictions = own.predictions(adapted.predict)
     text = io.StringIO()
@@ -190,6 +218,33 @@ def adapt_files(run: RunFolder, support: Path, query: Path, out: Path, *, checkp
         if own.classes:
             storage.write_durably(out / "classes.json", json.dumps(own.classes, ensure_ascii=False).encode())
     return predictions
+
+
+def scope_of(score: str | None, threshold: float | None) -> Scope | None:
+    """What ``--score`` and ``--out-of-scope`` of the command line mean; None for neither.
+
+    Raises:
+        ConfigError: The score is not known, the threshold is no number, or one is given without the other.
+    """
+    if threshold is None:
+        if score is not None:
+            raise ConfigError(f"--score {score} says what --out-of-scope is compared with; give that as well")
+        return None
+    if not isfinite(threshold):
+        raise ConfigError(f"--out-of-scope must be a finite number; given: {threshold}")
+    for known in SCORES:
+        if score in (None, known):
+            return Scope(known, threshold)
+    raise ConfigError(f"--score is {score!r}; it must be {' or '.join(SCORES)}")
+
+
+def _within(own: OwnTask, scope: Scope, run: RunFolder) -> OwnClasses:
+    """The task with the scope that its queries may be out of."""
+    if not isinstance(own, OwnClasses):
+        raise ConfigError(f"--out-of-scope is for a run that tells classes apart, which {run.address} does not")
+    if OUT_OF_SCOPE in own.classes:
+        raise ConfigError(f"--out-of-scope: a class of the support set is called {OUT_OF_SCOPE!r} itself; rename it")
+    return replace(own, scope=scope)
 
 
 def adapt_policy(

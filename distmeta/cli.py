@@ -110,51 +110,33 @@ def evaluate(
     overrides: Overrides = None,
     episodes: Annotated[int | None, typer.Option(help="Unseen test tasks; none: evaluation.tasks.")] = None,
     checkpoint: Which = "best",
+    out_of_scope: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RECALL",
+            help="Also judge how queries of none of the classes are told: thresholds, chosen on validation tasks, "
+            "keep this share of the others, for example 0.95.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Judges a run on unseen test tasks, before adaptation and after each inner step."""
     from rich.console import Console
-    from rich.table import Table
 
     from distmeta.adaptation import evaluate as run_evaluation
-    from distmeta.evaluation import show
+    from distmeta.figures import figures
 
-    result = run_evaluation(run, *(overrides or []), episodes=episodes, checkpoint=checkpoint)
+    result = run_evaluation(
+        run, *(overrides or []), episodes=episodes, checkpoint=checkpoint, out_of_scope=out_of_scope
+    )
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    kind = ", transductive: normalised by query batch statistics" if result["transductive"] else ""
-    table = Table(title=f"{result['tasks']} unseen tasks, mean ± 95% CI{kind}", title_justify="left")
-    table.add_column("inner steps", justify="right")
-    for name in result["by_inner_step"]:
-        table.add_column(name, justify="right")
-    for step in range(len(result["by_inner_step"]["loss"])):
-        row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
-        table.add_row(str(step), *row)
-    Console().print(table)
-    print(f"change of {result['metric']} by adaptation, task by task: {show(result['metric'], result['change'])}")
-    if "groups" in result:
-        _show_groups(result)
-    for name, ends in result.get("judged", {}).items():
-        print(f"{name} {show(name, ends['before'])} before adaptation, {show(name, ends['after'])} after")
-    if "inductive" in result:
-        print(f"inductive (no query example sees another): accuracy {show('accuracy', result['inductive'])}")
-
-
-def _show_groups(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from distmeta.evaluation import show
-
-    metric, inductive = result["metric"], "inductive" in result
-    table = Table("group", title=f"{metric} by group of tasks", title_justify="left")
-    for heading in ("tasks", "before", "after", "change", *(["after, inductive"] if inductive else [])):
-        table.add_column(heading, justify="right")
-    for name, group in result["groups"].items():
-        figures = [group[key] for key in ("before", "after", "change", *(["inductive"] if inductive else []))]
-        table.add_row(name, str(group["tasks"]), *(show(metric, figure) for figure in figures))
-    Console().print(table)
+    for shown in figures(result):
+        if isinstance(shown, str):
+            print(shown)
+        else:
+            Console().print(shown)
 
 
 @command
@@ -176,16 +158,27 @@ def adapt(
         "adapted"
     ),
     checkpoint: Which = "best",
+    out_of_scope: Annotated[
+        float | None,
+        typer.Option(
+            metavar="THRESHOLD",
+            help="Take queries whose score is less as of none of the classes; evaluate --out-of-scope chooses one.",
+        ),
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="What is compared with it: probability (of the likeliest class) or logit.")
+    ] = None,
 ) -> None:
     """Adapts a trained run to a new task from a few examples, and predicts for others; or a policy, to a new goal."""
-    from distmeta.adaptation import adapt_files, adapt_policy
+    from distmeta.adaptation import adapt_files, adapt_policy, scope_of
     from distmeta.runs import RunFolder
 
     folder = RunFolder.open(run)
-    if task is not None and support is None and query is None:
+    scope = scope_of(score, out_of_scope)
+    if task is not None and support is None and query is None and scope is None:
         _show_scores(adapt_policy(folder, task, out, checkpoint=checkpoint, film=film))
     elif task is None and not film and support is not None and query is not None:
-        _show_predictions(adapt_files(folder, support, query, out, checkpoint=checkpoint))
+        _show_predictions(adapt_files(folder, support, query, out, checkpoint=checkpoint, scope=scope))
     else:
         raise ConfigError("adapt needs --support and --query, files of yours; or, for a run on control, --task")
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -217,7 +210,8 @@ def _show_predictions(predictions: Predictions) -> None:
     if len(predictions.rows) > 20:
         print(f"… and {len(predictions.rows) - 20} more")
     for name, value in predictions.scores.items():
-        print(f"{name} {show_value(name, value)} of {len(predictions.rows)} whose truth is given")
+        of = "" if name.endswith("recall") else f" of {len(predictions.rows)} whose truth is given"
+        print(f"{name} {show_value(name, value)}{of}")
 
 
 @command

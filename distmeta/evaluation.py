@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from distmeta.core.loss import uses_batch_statistics
+from distmeta.core.scope import SCORES, auroc, false_positive_rate, threshold_at
 from distmeta.core.types import Episode, Split
 from distmeta.distributed.executor import Executor, gather
-from distmeta.distributed.work import JUDGED, Problem, shards_of
+from distmeta.distributed.work import JUDGED, Problem, ShardResult, shards_of
 from distmeta.errors import NumericalError
 
 log = logging.getLogger("distmeta")
 
-SHARES = ("accuracy", "success")
+SHARES = ("accuracy", "success", "fpr95", "kept", "found", "in-scope recall", "out-of-scope recall")
 """Metrics that are shares of 1, for people in percent."""
 
 INDUCTIVE = "accuracy_inductive"
@@ -51,13 +53,7 @@ def evaluate_tasks(
     """
     shards = shards_of(split, 0, tasks, shard_size)
     results = executor.map("evaluate", vector, shards)
-    metrics = gather(results)
-    skipped = {index: why for result in results for index, why in result.skipped.items()}
-    why = next(iter(skipped.values()), "")
-    if len(skipped) == tasks:
-        raise NumericalError(f"all {tasks} {split} tasks were skipped; the first one, since {why}")
-    if skipped:
-        log.warning("%d of %d %s tasks are left out; the first one, since %s", len(skipped), tasks, split, why)
+    metrics, skipped = gather(results), _skipped(results, split, tasks)
     diverged = int((~np.isfinite(metrics["loss"])).any(axis=1).sum())
     if diverged:
         log.warning(
@@ -78,6 +74,21 @@ def evaluate_tasks(
             name: {"tasks": len(own["loss"]), **_figures(own, metric)} for name, own in groups.items()
         }
     return evaluation
+
+
+def _skipped(results: Sequence[ShardResult], split: Split, tasks: int) -> dict[int, str]:
+    """The tasks that were skipped, of which there is a warning, with the reason.
+
+    Raises:
+        NumericalError: All were.
+    """
+    skipped = {index: why for result in results for index, why in result.skipped.items()}
+    why = next(iter(skipped.values()), "")
+    if len(skipped) == tasks:
+        raise NumericalError(f"all {tasks} {split} tasks were skipped; the first one, since {why}")
+    if skipped:
+        log.warning("%d of %d %s tasks are left out; the first one, since %s", len(skipped), tasks, split, why)
+    return skipped
 
 
 def _figures(metrics: Mapping[str, np.ndarray], metric: str) -> Evaluation:
@@ -122,6 +133,61 @@ def nearest_neighbour(
         return None
     results = executor.map("nearest_neighbour", vector, shards_of(split, 0, tasks, shard_size))
     return mean_ci(gather(results)["accuracy"])
+
+
+def evaluate_scope(
+    executor: Executor,
+    vector: np.ndarray,
+    recall: float,
+    tasks: int,
+    validation_tasks: int,
+    shard_size: int,
+) -> dict[str, Any]:
+    """How well examples that belong to none of a task's classes are told from its queries, on ``tasks`` test tasks.
+
+    Args:
+        recall: The share of in-scope queries that is to be kept. For each score (`distmeta.core.scope.score_of`) the
+            threshold is the greatest that keeps it over all queries of ``validation_tasks`` validation tasks.
+
+    Returns:
+        ``recall``, ``validation_tasks``, and by the name of each score in ``scores``: the ``threshold``; and of the
+        test tasks, mean and interval of ``auroc`` and ``fpr95`` (see `distmeta.core.scope`), which no threshold has
+        been chosen for, and at the threshold of ``kept``, the share of in-scope queries that are kept, ``found``, the
+        share of examples out of scope that are not, and ``accuracy``, the share of in-scope queries that are kept and
+        rightly classified (Larson et al., EMNLP 2019, report the last two).
+    """
+    pooled = _scopes(executor, vector, "val", validation_tasks, shard_size)
+    tested = _scopes(executor, vector, "test", tasks, shard_size)
+    scores: dict[str, Any] = {}
+    for kind in SCORES:
+        threshold = threshold_at(np.concatenate([task[f"inside.{kind}"] for task in pooled]), recall)
+        figures: dict[str, list[float]] = defaultdict(list)
+        for task in tested:
+            inside, outside = task[f"inside.{kind}"], task[f"outside.{kind}"]
+            kept = inside >= threshold
+            figures["auroc"].append(auroc(inside, outside))
+            figures["fpr95"].append(false_positive_rate(inside, outside))
+            figures["kept"].append(float(kept.mean()))
+            figures["found"].append(float((outside < threshold).mean()))
+            figures["accuracy"].append(float((kept & task["right"]).mean()))
+        scores[kind] = {"threshold": threshold} | {name: mean_ci(np.array(own)) for name, own in figures.items()}
+    return {"recall": recall, "validation_tasks": len(pooled), "scores": scores}
+
+
+def _scopes(
+    executor: Executor, vector: np.ndarray, split: Split, tasks: int, shard_size: int
+) -> list[dict[str, np.ndarray]]:
+    """For each task that is not skipped what `Problem.run` with ``out_of_scope`` has found."""
+    results = executor.map("out_of_scope", vector, shards_of(split, 0, tasks, shard_size))
+    _skipped(results, split, tasks)
+    found = gather(results)
+    cuts = {place: np.cumsum(found.pop(place))[:-1] for place in ("inside", "outside")}
+    pieces = {name: np.split(values, cuts[_place(name)]) for name, values in found.items()}
+    return [dict(zip(pieces, task, strict=True)) for task in zip(*pieces.values(), strict=True)]
+
+
+def _place(name: str) -> str:
+    return "outside" if name.startswith("outside") else "inside"
 
 
 def better(evaluation: Evaluation, than: float | None) -> bool:

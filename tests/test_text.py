@@ -282,14 +282,21 @@ def test_clinc150(clinc_root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         tasks.prepare()
     names, members = tasks.dataset.names, tasks.members
-    assert len(names) == 150 and tasks.dataset.counts.min() >= 149 and tasks.dataset.counts.max() == 150
+    assert {name for i, name in enumerate(names) if i not in np.concatenate([*members.values()])} == {
+        "oos/train",
+        "oos/val",
+        "oos/test",
+    }, "texts out of scope are in no task"
+    counts = tasks.dataset.counts[np.concatenate([*members.values()])]
+    assert len(counts) == 150 and counts.min() >= 149 and counts.max() == 150
+    assert tasks.describe().endswith("of 150 classes (train 75, val 15, test 60); 1,200 that fit none")
     domains = {split: {names[i].split("/")[0] for i in members[split]} for split in SPLITS}
     assert {split: len(found) for split, found in domains.items()} == {"train": 5, "val": 1, "test": 4}
     assert len(set.union(*domains.values())) == 10, "no domain is in two splits"
     assert "classes of two splits" in " ".join(caplog.messages), "one text is both in meta and in small talk"
     intents = Clinc150(data_root=str(clinc_root), split="random").members
     assert [len(intents[split]) for split in SPLITS] == [90, 15, 45]
-    assert sorted(np.concatenate(list(intents.values())).tolist()) == list(range(150))
+    assert sorted(np.concatenate(list(intents.values()))) == sorted(np.concatenate(list(members.values())))
 
 
 def test_damaged_clinc150(clinc_root: Path, tmp_path: Path) -> None:
@@ -298,7 +305,7 @@ def test_damaged_clinc150(clinc_root: Path, tmp_path: Path) -> None:
     (folder / "domains.json").write_bytes((clinc_root / "clinc150" / "domains.json").read_bytes())
     whole = json.loads((clinc_root / "clinc150" / "data_full.json").read_text())
     for change, message in (
-        ({"train": whole["train"][1:]}, "holds 22499 texts instead of 22500; delete it to have it downloaded again"),
+        ({"train": whole["train"][1:]}, "holds 23699 texts instead of 23700; delete it to have it downloaded again"),
         ({"val": [["only a text"], *whole["val"][1:]]}, r"val\[0\] is no pair of a text and an intent"),
         (
             {"test": [["a", "dance"], *whole["test"][1:]]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -65,6 +65,18 @@ def check_module(module: nn.Module) -> None:
                 "would change from task to task; build it with track_running_stats=False (statistics of the batch), "
                 "or use GroupNorm or LayerNorm"
             )
+
+
+def predict_alone(predict: Callable[..., Tensor], support: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """The outputs for ``inputs``, each example predicted in one batch with the support set's inputs and no other.
+
+    Where a network normalises by batch statistics, no prediction depends then on which other examples are asked for.
+    """
+    rows = [
+        predict(*(torch.cat([s, x[i : i + 1]]) for s, x in zip(support, inputs, strict=True)))[-1]
+        for i in range(len(inputs[0]))
+    ]
+    return torch.stack(rows)
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:

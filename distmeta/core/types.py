@@ -106,6 +106,19 @@ class Grouped(Protocol):
         ...
 
 
+@runtime_checkable
+class OpenSet(Protocol):
+    """A distribution over classification tasks that has examples of none of their classes, too."""
+
+    def outside(self, rng: np.random.Generator, split: Split) -> tuple[Tensor, ...]:
+        """The inputs of some examples that belong to no class of any task of ``split``.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        ...
+
+
 class Recorded:
     """A task whose data are sampled once, and are the same afterwards at whatever parameters they are asked for.
 

@@ -249,3 +249,8 @@ def _flat(problem: Problem, total: Params) -> np.ndarray:
 def stack_metrics(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """From a list of dicts to a dict of arrays."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def join_metrics(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """From a list of dicts to a dict of arrays, of which those of one name may have different lengths."""
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,14 +21,16 @@ import numpy as np
 import torch
 
 from distmeta.core.algorithm import MetaAlgorithm
-from distmeta.core.loss import ModuleLoss, PureModule, uses_batch_statistics
+from distmeta.core.loss import ModuleLoss, PureModule, predict_alone, uses_batch_statistics
 from distmeta.core.params import Layout, split
+from distmeta.core.scope import SCORES, score_of
 from distmeta.core.seeds import stream, torch_seed
 from distmeta.core.types import (
     Episode,
     Grouped,
     Judge,
     MetaParams,
+    OpenSet,
     Params,
     Recorded,
     Split,
@@ -36,10 +38,10 @@ from distmeta.core.types import (
     TaskDistribution,
 )
 from distmeta.distributed.compiled import Programs
-from distmeta.distributed.passes import FAILURES, Pass, Recordings, stack_metrics, train_pass
-from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
+from distmeta.distributed.passes import FAILURES, Pass, Recordings, join_metrics, stack_metrics, train_pass
+from distmeta.errors import DistmetaError, NumericalError, ResourceError, WorkerError, one_line
 
-Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "nearest_neighbour"]
+Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "out_of_scope", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap", "compiled"]
 JUDGED = "judged."
 
@@ -69,7 +71,7 @@ class ShardResult(NamedTuple):
     total: np.ndarray | None
     """Sum over the shard's tasks of their meta-gradients as one flat vector; None for work that has none."""
     metrics: dict[str, np.ndarray]
-    """For each metric an array whose first axis counts the shard's tasks."""
+    """For each metric an array whose first axis counts the shard's tasks; for ``out_of_scope``, all their examples."""
     seconds: dict[str, float]
     """Time spent building tasks (``sample``), in control on ``environment`` and ``policy``, and else (``adapt``)."""
     tasks: int
@@ -211,9 +213,12 @@ class Problem:
             self.loss.module.train(work == "meta_gradient")
             meta = split(self.layout.unpack(vector, self.device))
             tasks = [to_device(task, self.device) for task in tasks]
-            done = Pass()
+            done, inductive = Pass(), shard.split == "test"
             if work == "evaluate":
-                done = self._evaluations(meta, tasks, shard)
+                done = self._of_each(tasks, shard, stack_metrics, lambda task, _: self._evaluate(meta, task, inductive))
+                metrics = done.metrics
+            elif work == "out_of_scope":
+                done = self._of_each(tasks, shard, join_metrics, lambda task, i: self._scope(meta, task, shard, i))
                 metrics = done.metrics
             elif work == "nearest_neighbour":
                 metrics = stack_metrics([self._nearest_neighbour(meta, task) for task in tasks])
@@ -253,17 +258,24 @@ class Problem:
         """A task, for messages."""
         return f"task {index} of step {shard.step} (split {shard.split}, seed {self.seed})"
 
-    def _evaluations(self, meta: MetaParams, tasks: list[Task], shard: Shard) -> Pass:
+    def _of_each(
+        self,
+        tasks: list[Task],
+        shard: Shard,
+        together: Callable[[list[dict[str, np.ndarray]]], dict[str, np.ndarray]],
+        judge: Callable[[Task, int], dict[str, np.ndarray]],
+    ) -> Pass:
+        """What ``judge`` says of each task and its index, put ``together``, and the tasks that are skipped."""
         rows: list[dict[str, np.ndarray]] = []
         skipped: dict[int, str] = {}
         for index, task in enumerate(tasks, shard.first):
             try:
-                rows.append(self._evaluate(meta, task, shard.split == "test"))
+                rows.append(judge(task, index))
             except FAILURES as error:
                 if self.on_failure == "raise":
                     raise
                 skipped[index] = one_line(error)
-        return Pass(None, stack_metrics(rows), skipped)
+        return Pass(None, together(rows), skipped)
 
     def _evaluate(self, meta: MetaParams, task: Task, inductive: bool) -> dict[str, np.ndarray]:
         """Query metrics before adaptation and after each inner step, arrays (inner steps + 1,); the judge's, which may
@@ -299,11 +311,38 @@ class Problem:
         """
         *support, _ = task.support(params, 0)
         *inputs, target = task.query(params)
-        loss, correct = self.loss_of(task), 0
-        for i in range(len(target)):
-            batch = [torch.cat([s, x[i : i + 1]]) for s, x in zip(support, inputs, strict=True)]
-            correct += int(loss.predict(params, *batch)[-1].argmax() == target[i])
-        return correct / len(target)
+        logits = predict_alone(partial(self.loss_of(task).predict, params), support, inputs)
+        return int((logits.argmax(-1) == target).sum()) / len(target)
+
+    def _scope(self, meta: MetaParams, task: Task, shard: Shard, index: int) -> dict[str, np.ndarray]:
+        """How sure the adapted model is, by each score, of the queries and of examples out of scope (``inside.SCORE``,
+        ``outside.SCORE``); which queries it classifies rightly (``right``); and the two numbers of examples.
+
+        Raises:
+            NumericalError: A score is not finite.
+        """
+        assert isinstance(self.tasks, OpenSet)
+        loss = self.loss_of(task)
+        params = self.algorithm.adapt(meta, task, loss)
+        *support, _ = task.support(params, 0)
+        *inputs, target = task.query(params)
+        outside = self.tasks.outside(stream(self.seed, "out_of_scope", shard.split, index), shard.split)
+        predict = partial(loss.predict, params)
+        alone = uses_batch_statistics(self.loss.module)
+        with torch.no_grad():
+            logits = {
+                place: predict_alone(predict, support, x) if alone else predict(*x)
+                for place, x in (("inside", inputs), ("outside", [x.to(self.device) for x in outside]))
+            }
+        row = {"right": (logits["inside"].argmax(-1) == target).cpu().numpy()}
+        for place, values in logits.items():
+            if not torch.isfinite(values).all():
+                raise NumericalError(
+                    f"{self.name(shard, index)}: the adapted model's outputs are not finite; lower algorithm.inner_lr"
+                )
+            row[place] = np.array([len(values)])
+            row |= {f"{place}.{kind}": score_of(kind, values).cpu().numpy() for kind in SCORES}
+        return row
 
     def _nearest_neighbour(self, meta: MetaParams, task: Task) -> dict[str, np.ndarray]:
         """Accuracy of the label of the nearest support example by the Euclidean distance of raw inputs."""

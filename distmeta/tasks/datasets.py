@@ -304,11 +304,13 @@ class FewShotClasses(DataTasks):
         classes = members[drawn // self.variants]
         # distinct examples of each class: the first few of a random order
         counts = self.dataset.counts[classes]
-        if counts.max() > _LARGE_CLASS:
+        largest = int(counts.max())
+        if largest > _LARGE_CLASS:
             examples = np.stack([rng.choice(count, shots + queries, replace=False) for count in counts])
         else:
-            order = rng.random((ways, int(counts.max())))
-            order[np.arange(order.shape[1]) >= counts[:, None]] = np.inf
+            order = rng.random((ways, largest))
+            if counts.min() < largest:
+                order[np.arange(largest) >= counts[:, None]] = np.inf
             examples = np.argsort(order, axis=1, kind="stable")[:, : shots + queries]
         block = self.dataset.examples[self.dataset.starts[classes][:, None] + examples]
         self.vary(block, drawn % self.variants)
@@ -323,7 +325,8 @@ class FewShotClasses(DataTasks):
         """How many classes each split has."""
         parts = [f"{split} {len(self.members[split]) * self.variants:,}" for split in SPLITS]
         counted = ", rotations counted" if self.variants > 1 else ""
-        total = f"{len(self.dataset.examples):,} {self.examples} of {len(self.dataset.names):,} classes"
+        classes = np.concatenate([*self.members.values()])
+        total = f"{self.dataset.counts[classes].sum():,} {self.examples} of {len(classes):,} classes"
         return f"{total} ({', '.join(parts)}{counted})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,13 @@ from distmeta.tasks.pictures import (
     quietly,
     to_floats,
 )
+
+_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    1: lambda images: images.swapaxes(1, 2)[:, ::-1],
+    2: lambda images: images[:, ::-1, ::-1],
+    3: lambda images: images.swapaxes(1, 2)[:, :, ::-1],
+}
+"""Views of images [n, H, W, …] turned by so many quarters, as `numpy.rot90` turns them."""
 
 
 @dataclass(eq=False)
@@ -94,9 +102,9 @@ class FewShotImages(FewShotClasses):
 
     def vary(self, examples: NDArray[Any], variants: NDArray[np.int64]) -> None:
         """Turns the images of each class."""
-        for turn in range(1, self.variants):
-            chosen = variants == turn
-            examples[chosen] = np.rot90(examples[chosen], turn, axes=(2, 3))
+        for each, turn in zip(examples, variants.tolist(), strict=True):
+            if turn:
+                each[:] = _TURNS[turn](each.copy())
 
     def inputs(self, examples: NDArray[Any]) -> Tensor:
         """float32 [n, C, H, W] from 0 to 1."""

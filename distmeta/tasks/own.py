@@ -9,8 +9,12 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from distmeta.core.scope import Scope, score_of
 from distmeta.core.types import Batch
 from distmeta.errors import DataError
+
+OUT_OF_SCOPE = "out of scope"
+"""What stands for the class of a query that belongs to none."""
 
 Predict = Callable[..., Tensor]
 """The outputs of an adapted model for inputs whose first axis counts examples."""
@@ -68,6 +72,8 @@ class OwnClasses:
     inputs: Tensor
     labels: list[str] | None
     """The true class of each query, where it is known."""
+    scope: Scope | None = None
+    """Where the scope of the classes ends; None: every query is of one of them."""
 
     def check(self, source: Path, ways: int) -> Self:
         """Raises `DataError` unless the classes are no more than the model has outputs for."""
@@ -79,16 +85,40 @@ class OwnClasses:
         return self
 
     def predictions(self, predict: Predict) -> Predictions:
-        """For each query its class, the probability of that and of every class; and the accuracy."""
-        probability = predict(self.inputs)[:, : len(self.classes)].softmax(-1)
+        """For each query its class, the probability of the likeliest and of every class; and the accuracy.
+
+        With a `scope`, the class of what is beyond it is `OUT_OF_SCOPE`, and so is the true one of a label that no
+        class has; the score, where it is another than the probability, is a column of its own.
+        """
+        logits = predict(self.inputs)[:, : len(self.classes)]
+        probability = logits.softmax(-1)
         best = [self.classes[k] for k in probability.argmax(-1).tolist()]
+        columns = [self.kind, "class", "probability", *(f"p({name})" for name in self.classes)]
         rows = [
             [query, name, f"{max(row):.6f}", *(f"{p:.6f}" for p in row)]
             for query, name, row in zip(self.queries, best, probability.tolist(), strict=True)
         ]
-        columns = [self.kind, "class", "probability", *(f"p({name})" for name in self.classes)]
-        scores: dict[str, float] = {}
-        if self.labels is not None:
-            right = [name == label for name, label in zip(best, self.labels, strict=True)]
-            scores["accuracy"] = sum(right) / len(right)
-        return Predictions(columns, rows, scores)
+        if self.scope is not None:
+            values = score_of(self.scope.score, logits).tolist()
+            best = [
+                name if value >= self.scope.threshold else OUT_OF_SCOPE
+                for name, value in zip(best, values, strict=True)
+            ]
+            for row, name, value in zip(rows, best, values, strict=True):
+                row[1:3] = [name, *([] if self.scope.score == "probability" else [f"{value:.6f}"]), row[2]]
+            if self.scope.score != "probability":
+                columns.insert(2, self.scope.score)
+        return Predictions(columns, rows, {} if self.labels is None else self._judge(best, self.labels))
+
+    def _judge(self, best: list[str], labels: list[str]) -> dict[str, float]:
+        """The share of queries that are rightly classified; and, where there is a scope, of those in it and of those
+        out of it the shares that are taken so."""
+        outside = [self.scope is not None and label not in self.classes for label in labels]
+        truth = [OUT_OF_SCOPE if out else label for out, label in zip(outside, labels, strict=True)]
+        right = [name == true for name, true in zip(best, truth, strict=True)]
+        scores = {"accuracy": sum(right) / len(right)}
+        for place, where in (("in-scope recall", False), ("out-of-scope recall", True)):
+            taken = [(name == OUT_OF_SCOPE) == where for name, out in zip(best, outside, strict=True) if out == where]
+            if taken and self.scope is not None:
+                scores[place] = sum(taken) / len(taken)
+        return scores

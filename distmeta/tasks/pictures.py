@@ -26,9 +26,9 @@ _BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image
 
 def to_floats(pixels: Pixels) -> Tensor:
     """uint8 [n, H, W] or [n, H, W, 3] to float32 [n, C, H, W] from 0 to 1."""
-    x = torch.from_numpy(pixels)
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    view = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    # NumPy's operations start several times as fast as torch's, which is what counts with a few small images
+    return torch.from_numpy(np.divide(view, np.float32(255), out=np.empty(view.shape, np.float32)))
 
 
 @contextmanager

@@ -83,6 +83,11 @@ class FewShotText(FewShotClasses):
             DataError: one is missing.
         """
 
+    @property
+    def outsiders(self) -> dict[Split, str]:
+        """By split the group of the data set whose texts fit none of the classes; empty: there are none."""
+        return {}
+
     @cached_property
     def tokens(self) -> Tokenizer:
         """The tokenizer."""
@@ -122,6 +127,25 @@ class FewShotText(FewShotClasses):
             log.warning("%d of %d texts are longer than tasks.length = %d tokens and cut", cut, len(lists), self.length)
         counts = np.array([len(by_class[name]) for name in names], np.int64)
         return ExampleSet(table(lists, self.length), tuple(names), counts)
+
+    def describe(self) -> str:
+        """How many classes each split has, and how many texts are of none."""
+        none = sum(int(self.dataset.counts[self._group_of(name)]) for name in {*self.outsiders.values()})
+        return super().describe() + (f"; {none:,} that fit none" if none else "")
+
+    def outside(self, rng: np.random.Generator, split: Split) -> tuple[Tensor, ...]:
+        """As many different texts out of scope as a task of ``split`` has queries, or all that there are."""
+        if not self.outsiders:
+            raise ConfigError(
+                f"{self.name} has no texts out of scope here: clinc150 has, and your own with tasks.out_of_scope=LABEL"
+            )
+        group = self._group_of(self.outsiders[split])
+        count, (ways, _, queries) = int(self.dataset.counts[group]), self._most(split)
+        drawn = rng.choice(count, min(count, ways * queries), replace=False)
+        return (self.inputs(self.dataset.examples[self.dataset.starts[group] + drawn]),)
+
+    def _group_of(self, name: str) -> int:
+        return self.dataset.names.index(name)
 
     def inputs(self, examples: NDArray[Any]) -> Tensor:
         """int64 [n, length], or as many columns as the longest text has tokens."""
@@ -167,6 +191,9 @@ class OwnText(FewShotText):
     ] = None
     fractions: Fractions = USUAL
     split_seed: Annotated[int, "The seed that shuffles the classes (or domains) before they are divided."] = 0
+    out_of_scope: Annotated[
+        str | None, "Label of the texts that fit no class, for evaluate --out-of-scope; null: there are none."
+    ] = None
 
     name: ClassVar[str] = "text"
 
@@ -185,15 +212,22 @@ class OwnText(FewShotText):
         """All texts of the file or folder."""
         return texts(Path(self.path).expanduser(), self.text_column, self.label_column, labelled=True)
 
+    @property
+    def outsiders(self) -> dict[Split, str]:
+        """The texts labelled ``out_of_scope``, for all splits."""
+        return {} if self.out_of_scope is None else dict.fromkeys(SPLITS, self.out_of_scope)
+
     def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         """The classes of ``split``."""
-        unit_of = _units(names, self.domains)
+        if self.out_of_scope is not None and self.out_of_scope not in names:
+            raise DataError(f"tasks.out_of_scope: no text of {self.path} has the label {self.out_of_scope!r}")
+        unit_of = _units([name for name in names if name != self.out_of_scope], self.domains)
         units = sorted(set(unit_of.values()))
         if self.split_file is not None:
             chosen = listed(read_lists(Path(self.split_file).expanduser()), units, self.split_file)[split]
         else:
             chosen = by_fractions(units, self.fractions, self.split_seed, "text")[split]
-        return np.array([i for i, name in enumerate(names) if unit_of[name] in chosen], np.int64)
+        return np.array([i for i, name in enumerate(names) if unit_of.get(name) in chosen], np.int64)
 
 
 _CLINC_TEST = ("travel", "auto_and_commute", "work", "kitchen_and_dining")
@@ -203,15 +237,16 @@ _CLINC = {
     "domains.json": "9beee9d0f36e07e914c1e3a626bdcb4a",
 }
 """The files, and their MD5 checksums."""
-_CLINC_TEXTS = 150 * 150
+_CLINC_TEXTS = 150 * 150 + 1200
+_OUTSIDE = "oos"  # the label of texts out of scope
 
 
 @dataclass(eq=False, kw_only=True)
 class Clinc150(FewShotText):
     """CLINC150: what people ask an assistant for, 150 intents of 10 domains (Larson et al., EMNLP 2019; CC BY 3.0).
 
-    150 sentences an intent; those that fit none (out of scope) are not used. Read from ``data_root/clinc150``,
-    downloaded there if it is missing.
+    150 sentences an intent, and 1,200 that fit none (out of scope: 100 for training, 100 for validation, 1,000 for
+    test), which are in no task. Read from ``data_root/clinc150``, downloaded there if it is missing.
 
     No few-shot split is official. ``domains``: 5 domains for training (banking, credit cards, home, utility, small
     talk), 1 for validation (meta), 4 for test (travel, auto and commute, work, kitchen and dining). ``random``: 90, 15
@@ -237,18 +272,28 @@ class Clinc150(FewShotText):
                 download(f"{self.url.rstrip('/')}/{file.name}", file, _CLINC[file.name])
         return found
 
+    def source_key(self) -> str:
+        """See `FewShotText.source_key`; since texts out of scope are among the groups."""
+        return f"{super().source_key()} {_OUTSIDE}"
+
+    @property
+    def outsiders(self) -> dict[Split, str]:
+        """``oos/train``, ``oos/val`` and ``oos/test``, as the data set divides them."""
+        return {split: f"{_OUTSIDE}/{split}" for split in SPLITS}
+
     def read(self) -> Iterator[Text]:
-        """All sentences of the intents; an intent is called ``domain/intent``."""
+        """All sentences; an intent is called ``domain/intent``."""
         data, domains = self.files()
         lists = read_lists(domains)
         domain_of = {intent: domain for domain, intents in lists.items() for intent in intents}
         whole = read_json(data)
-        total = sum(len(whole.get(part, ())) for part in SPLITS)
+        parts: list[tuple[str, Split]] = [(part, split) for split in SPLITS for part in (split, f"{_OUTSIDE}_{split}")]
+        total = sum(len(whole.get(part, ())) for part, _ in parts)
         if total != _CLINC_TEXTS:
             raise DataError(
                 f"{data} holds {total} texts instead of {_CLINC_TEXTS}; delete it to have it downloaded again"
             )
-        for part in SPLITS:
+        for part, split in parts:
             for number, pair in enumerate(whole[part]):
                 place = f"{data}, {part}[{number}]"
                 if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(cell, str) for cell in pair)):
@@ -256,20 +301,24 @@ class Clinc150(FewShotText):
                         f"{place} is no pair of a text and an intent; delete it to have it downloaded again"
                     )
                 text, intent = pair
-                if intent not in domain_of:
+                if part != split:
+                    yield Text(text, self.outsiders[split], place)
+                elif intent in domain_of:
+                    yield Text(text, f"{domain_of[intent]}/{intent}", place)
+                else:
                     raise DataError(f"{place}: {domains} has no domain of the intent {intent!r}")
-                yield Text(text, f"{domain_of[intent]}/{intent}", place)
 
     def split_groups(self, names: Sequence[str], split: Split) -> NDArray[np.int64]:
         """The intents of ``split``."""
+        intents = [i for i, name in enumerate(names) if name not in self.outsiders.values()]
         if self.split == "random":
-            shuffled = stream("clinc150", self.split_seed).permutation(len(names))
-            first, last = {"train": (0, 90), "val": (90, 105), "test": (105, len(names))}[split]
-            return np.sort(shuffled[first:last])
+            shuffled = stream("clinc150", self.split_seed).permutation(len(intents))
+            first, last = {"train": (0, 90), "val": (90, 105), "test": (105, len(intents))}[split]
+            return np.array(intents, np.int64)[np.sort(shuffled[first:last])]
         own = {"val": _CLINC_VAL, "test": _CLINC_TEST}.get(split)
         domains = [name.split("/")[0] for name in names]
-        chosen = (domain in own if own else domain not in _CLINC_VAL + _CLINC_TEST for domain in domains)
-        return np.flatnonzero(list(chosen)).astype(np.int64)
+        chosen = (domains[i] in own if own else domains[i] not in _CLINC_VAL + _CLINC_TEST for i in intents)
+        return np.array(intents, np.int64)[np.array(list(chosen))]
 
 
 def _group(read: Iterable[Text]) -> tuple[dict[str, list[str]], list[str], list[str]]:
