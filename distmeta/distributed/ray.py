@@ -33,8 +33,8 @@ from distmeta.distributed.cluster import amounts, capacity, connect, demand, dra
 from distmeta.distributed.dispatch import QUEUED, Dispatch
 from distmeta.distributed.gauges import Gauges
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work, left_out, span
-from distmeta.distributed.worker import Ready, Worker
-from distmeta.errors import DistmetaError, ResourceError, WorkerError, one_line
+from distmeta.distributed.worker import Ready, Worker, cause_of
+from distmeta.errors import ResourceError, WorkerError, one_line
 
 log = logging.getLogger("distmeta")
 
@@ -208,7 +208,7 @@ class RayPool:
                     self._fetching[worker] = state._replace(has_data=True)
                     self._starting[worker.take_data.remote(self._put_data())] = worker
             except RayTaskError as error:
-                cause = _unwrap(error)
+                cause = cause_of(error)
                 if not isinstance(cause, ResourceError) or self.scaling.min_workers is None:
                     raise cause from None
                 log.warning("a worker is left out: %s", cause)
@@ -330,7 +330,7 @@ class RayPool:
         except LOST as error:
             self._lose(worker, round_, type(error).__name__)
         except RayTaskError as error:
-            raise _unwrap(error) from None
+            raise cause_of(error) from None
         except RayError as error:
             raise WorkerError(f"Ray failed at {span(round_.shards[index])}: {one_line(error)}") from error
         else:
@@ -398,11 +398,3 @@ class RayPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _unwrap(error: RayTaskError) -> DistmetaError:
-    """The worker's own error as it was raised there, or one that tells of it."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, DistmetaError):
-        return cause
-    return WorkerError(f"a worker failed: {type(cause).__name__}: {one_line(cause or error)}")

@@ -14,10 +14,11 @@ import numpy as np
 import ray
 import torch
 from ray import cloudpickle
+from ray.exceptions import RayTaskError
 
 from distmeta.core.types import Portable, Task
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work, named, reproducible
-from distmeta.errors import DataError
+from distmeta.errors import DataError, DistmetaError, WorkerError, one_line
 
 
 class Ready(NamedTuple):
@@ -97,3 +98,11 @@ def hardware(device: str) -> str:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     kernels = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     return f"{model or platform.processor()} ({kernels}, numba {version('numba')})"
+
+
+def cause_of(error: RayTaskError) -> DistmetaError:
+    """The worker's own error as it was raised there, or one that tells of it."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, DistmetaError):
+        return cause
+    return WorkerError(f"a worker failed: {type(cause).__name__}: {one_line(cause or error)}")
