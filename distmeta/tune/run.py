@@ -320,8 +320,9 @@ def _best(search: Search, run: RunFolder, winner: Group) -> dict[str, Any]:
         with storage_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(trial.folder, folder)
-        RunFolder(folder).write_config(load(settings | {"run_dir": str(folder)}))
-        if search.test:
+        config = load(settings | {"run_dir": str(folder)})
+        RunFolder(folder).write_config(config)
+        if search.test and config.evaluation.tasks:
             best["test"] = evaluate(folder)
     return best
 
