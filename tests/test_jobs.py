@@ -105,7 +105,7 @@ class Head:
             command = command.replace(old, new)
         return subprocess.Popen(
             command, shell=True, cwd=folder, env=self.environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def end(self) -> None:
@@ -213,5 +213,5 @@ def test_the_dashboard_draws_what_a_run_exports(head: Head, job: Path, tmp_path:
         os.kill(int(worker.name), signal.SIGKILL)
         wait_for({retries})
     finally:
-        running.terminate()
+        os.killpg(running.pid, signal.SIGKILL)  # the shell and what it has started; the job ends with the cluster
         running.communicate()
