@@ -39,7 +39,7 @@ def _by_inner_step(result: Evaluation) -> Table:
 def _by_group(result: Evaluation) -> Table:
     metric, inductive = result["metric"], "inductive" in result
     table = Table("group", title=f"{metric} by group of tasks", title_justify="left")
-    for heading in ("tasks", "before", "after", "change", *(["after, inductive"] if inductive else [])):
+    for heading in ("tasks", "before", "after", "change", *(["inductive"] if inductive else [])):
         table.add_column(heading, justify="right")
     for name, group in result["groups"].items():
         shown = [group[key] for key in ("before", "after", "change", *(["inductive"] if inductive else []))]

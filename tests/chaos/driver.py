@@ -89,6 +89,16 @@ class Driver:
         self._listener.join(10)
         return code
 
+    def failures(self) -> list[str]:
+        """The exceptions whose tracebacks it has shown, but for being interrupted while Python still loads modules."""
+        found: list[str] = []
+        within = False
+        for _, line in self.said:
+            if within and line and not line[0].isspace():
+                found.append(line)
+            within = line.startswith("Traceback") or (within and line[:1].isspace())
+        return [line for line in found if line != "KeyboardInterrupt"]
+
     def last_words(self) -> str:
         """What the process at hand has said."""
         return "\n".join(line for _, line in self.said[self._mark :])

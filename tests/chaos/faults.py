@@ -91,7 +91,8 @@ def interrupt_driver(ordeal: Ordeal) -> Hit | None:
     driver.process.send_signal(ordeal.random.choice([signal.SIGTERM, signal.SIGINT]))
     code = driver.wait(300)
     if not driver.heed():
-        ordeal.expect(driver, code in (130, -15, -2, 0), f"ended with {code} after a signal")
+        # Before there is anything to save: -2 and -15 while modules are loaded, 15 while Ray starts.
+        ordeal.expect(driver, code in (130, -15, -2, 15, 0), f"ended with {code} after a signal")
         if not driver.done:
             driver.go_on()
     return [driver.name]

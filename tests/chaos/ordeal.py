@@ -169,7 +169,8 @@ class Ordeal:
             found = digest(driver.folder)
             self.expect(driver, found == self.expected[driver.name],
                         f"ended with other parameters: {found} instead of {self.expected[driver.name]}")  # fmt: skip
-            self.expect(driver, "Traceback" not in "\n".join(line for _, line in driver.said), "shows a traceback")
+            failures = driver.failures()
+            self.expect(driver, not failures, f"shows a traceback of {', '.join(failures)}")
 
     def _watch(self) -> None:
         time.sleep(0.1)
