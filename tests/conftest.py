@@ -32,6 +32,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("DISTMETA_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("RAY_worker_niceness", "0")  # else what runs beside a test leaves its workers nothing
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
 
