@@ -13,9 +13,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
-
-torch.set_num_threads(1)  # tests run beside each other
 
 hypothesis.settings.register_profile(
     "distmeta",
@@ -32,7 +29,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("DISTMETA_DATA", str(tmp_path_factory.mktemp("data")))
-        patch.setenv("RAY_worker_niceness", "0")  # else what runs beside a test leaves its workers nothing
+        patch.setenv("RAY_worker_niceness", "0")  # on a busy machine they would come to nothing
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
 
