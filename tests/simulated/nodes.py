@@ -128,7 +128,7 @@ def autoscale() -> dict:
                     os.kill(pid, signal.SIGKILL)
                     found["lost"] += 1
                 left = number + 8
-            if found["lost"] and number >= left:
+            if found["lost"] and number >= left and pool.retries:  # of which Ray tells the driver when it knows
                 break
         found |= {"retries": pool.retries, "utilisation": busy / max(wall, 1e-9)}
     ray.shutdown()
