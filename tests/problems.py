@@ -158,8 +158,18 @@ def our_processes() -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it may have ended meanwhile
             if ours in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().decode(errors="replace"))
+                found.append((process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0"))
     return found
+
+
+def lasting_workers(seconds: float = 20) -> list[str]:
+    """The workers of the pools of these tests that are still there after a while: Ray kills in the background."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = [title for title in our_processes() if title.startswith("ray::Worker")]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
 
 
 def relative_error(one: np.ndarray | Tensor, other: np.ndarray | Tensor) -> float:

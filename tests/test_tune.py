@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from problems import our_processes
+from problems import lasting_workers
 from ray.tune import Checkpoint
 from test_report import Page, pictures_of
 from test_search_space import BASE, RATE
@@ -215,7 +215,7 @@ def test_lost_processes_change_no_result(tmp_path: Path) -> None:
     trial_killed = figures("trial", 0)
     assert [state for _, state, *_ in trial_killed] == ["finished"] * 2
     assert trial_killed == figures("worker", 1) == figures("undisturbed", 0)
-    assert not _workers(), "no worker is left behind"
+    assert not lasting_workers(), "no worker is left behind"
 
 
 def test_workers_of_stopped_and_failed_trials_are_gone(tmp_path: Path) -> None:
@@ -231,14 +231,9 @@ def test_workers_of_stopped_and_failed_trials_are_gone(tmp_path: Path) -> None:
     folder = search(spec, f"run_dir={tmp_path / 'search'}")
     assert {row["state"] for row in rows(folder)} >= {"failed"}
     assert all(math.isfinite(float(r["best_accuracy"])) for r in rows(folder) if r["state"] != "failed")
-    assert not _workers()
+    assert not lasting_workers()
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} <= {"REMOVED"}
-
-
-def _workers() -> list[str]:
-    """The workers of a pool of these tests, by what Ray writes over their command lines and by their environment."""
-    return [title for title in our_processes() if title.startswith("ray::Worker")]
 
 
 def test_a_name_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

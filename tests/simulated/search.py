@@ -6,7 +6,7 @@ import threading
 import time
 
 import ray
-from problems import our_processes
+from problems import lasting_workers
 from ray.cluster_utils import Cluster
 
 from distmeta.tune.run import search
@@ -32,7 +32,6 @@ deadline = time.monotonic() + 20
 while ray.available_resources().get("CPU") != total and time.monotonic() < deadline:
     time.sleep(0.2)
 groups = ray.util.placement_group_table().values()
-workers = [title for title in our_processes() if title.startswith("ray::Worker")]
 found = {
     "nodes": len([node for node in ray.nodes() if node["Alive"]]),
     "cpus": total,
@@ -41,7 +40,7 @@ found = {
     "free": ray.available_resources()["CPU"],
     "groups": [group["state"] for group in groups],
     "spread": [len(set(group["bundles_to_node_id"].values())) for group in groups],
-    "workers": len(workers),
+    "workers": lasting_workers(),
 }
 print(json.dumps(found))
 ray.shutdown()
