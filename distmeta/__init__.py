@@ -1,58 +1,9 @@
-"""distmeta: distributed gradient-based meta-learning on Ray and PyTorch."""
+"""distmeta: distributed gradient-based meta-learning on Ray and PyTorch.
 
-from distmeta.adaptation import Adapted, adapt, evaluate
-from distmeta.algorithms import (
-    CAVIA,
-    EMAML,
-    IMAML,
-    MAML,
-    R2D2,
-    Joint,
-    LearnedOptimizer,
-    MAMLpp,
-    MetaAlgorithm,
-    MetaCurvature,
-    MetaSGD,
-    ProMP,
-    ProtoMAML,
-    Reptile,
-    WarpGrad,
-)
-from distmeta.core.types import Batch, Episode, Split, Task, TaskDistribution, TaskSpec
-from distmeta.errors import DistmetaError, Stopped
-from distmeta.runs import RunFolder
-from distmeta.tasks.mixture import Mixture
-from distmeta.training import resume, train
+Its names are in ``__init__.pyi``. They load their modules when they are first used, since torch takes seconds to load,
+which a ``distmeta --help`` does not need.
+"""
 
-__all__ = [
-    "CAVIA",
-    "EMAML",
-    "IMAML",
-    "MAML",
-    "R2D2",
-    "Adapted",
-    "Batch",
-    "DistmetaError",
-    "Episode",
-    "Joint",
-    "LearnedOptimizer",
-    "MAMLpp",
-    "MetaAlgorithm",
-    "MetaCurvature",
-    "MetaSGD",
-    "Mixture",
-    "ProMP",
-    "ProtoMAML",
-    "Reptile",
-    "RunFolder",
-    "Split",
-    "Stopped",
-    "Task",
-    "TaskDistribution",
-    "TaskSpec",
-    "WarpGrad",
-    "adapt",
-    "evaluate",
-    "resume",
-    "train",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

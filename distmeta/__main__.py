@@ -1,5 +1,20 @@
-"""``python -m distmeta`` is the command ``distmeta``."""
+"""The process of the command ``distmeta``, and of ``python -m distmeta``."""
 
-from distmeta.cli import main
+import signal
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line; from its first moment, Ctrl-C or a preemption notice ends it in one line, with 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        from distmeta.cli import app
+
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

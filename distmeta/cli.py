@@ -11,9 +11,7 @@ import functools
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,8 +45,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("distmeta").setLevel(logging.INFO)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preemption notice ends as Ctrl-C does
         try:
             function(*args, **kwargs)
         except DistmetaError as error:
@@ -81,11 +77,13 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Meta-trains from the start, then judges the result on unseen test tasks."""
-    from distmeta.training import train as run_training
-
     overrides = list(overrides or [])
     if config is not None and "=" in config and not Path(config).exists():
         config, overrides = None, [config, *overrides]
+    load(config, overrides)  # most mistakes are told at once; torch takes seconds to load
+
+    from distmeta.training import train as run_training
+
     run_training(config, *overrides)
 
 
@@ -223,7 +221,7 @@ def tune(
     resume: Annotated[Path | None, typer.Option(help="Folder of a search to go on with.")] = None,
 ) -> None:
     """Searches meta-hyperparameters with Ray Tune; every trial is a whole distributed run."""
-    from distmeta.tune.files import searches
+    from distmeta.tune.packaged import searches
 
     if resume is not None:
         if search is not None:
@@ -365,11 +363,11 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Lists the packaged configurations, or prints one, whole, with every setting explained."""
-    from distmeta.explain import explain_config
-
     if name is None:
         _list(packaged())
     else:
+        from distmeta.explain import explain_config
+
         print(explain_config(load(name, overrides or [])), end="")
 
 
@@ -379,12 +377,3 @@ def _list(files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         about = [line[2:] for line in path.read_text("utf-8").splitlines() if line.startswith("# ")]
         print(f"{name:{width}} {about[0] if about else ''}")
-
-
-def main() -> None:
-    """Entry point of the command ``distmeta``."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

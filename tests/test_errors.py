@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from chaos.driver import listens
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -203,3 +208,20 @@ def test_help_and_listings() -> None:
     assert "glyphs is complete" in run("data", "glyphs").stdout
     assert run("data", "glyph").exit_code == 2
     assert run("train", "--bad").exit_code == 2
+
+
+def test_the_command_line_does_without_torch_until_it_is_needed() -> None:
+    code = "import sys, distmeta.cli, distmeta.tune.packaged; print({'torch', 'ray', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5)])
+def test_a_signal_while_modules_are_loaded_is_one_line(number: int, moment: float, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distmeta", "train", "sinusoid-maml", f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    listens(process)
+    time.sleep(moment)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode in (130, -2), errors) == (True, "interrupted\n")
+    assert not (tmp_path / "run").exists()

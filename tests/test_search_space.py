@@ -18,7 +18,8 @@ from distmeta import config
 from distmeta.cli import app
 from distmeta.config import load
 from distmeta.experiment import assemble, complete
-from distmeta.tune.files import load_search, searches
+from distmeta.tune.files import load_search
+from distmeta.tune.packaged import searches
 from distmeta.tune.results import Trial, groups_of, winner_of
 from distmeta.tune.space import Space
 

@@ -39,12 +39,14 @@ def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
             wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
             cores = int(np.ceil(wanted)) if wanted > len(os.sched_getaffinity(0)) else None
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    except SystemExit:  # the handlers of SIGTERM that ray.init sets end so, with codes of their own
+        raise KeyboardInterrupt from None
     except (ConnectionError, AuthenticationError, ValueError, RuntimeError) as error:
         where = address or "of this machine"
         raise ResourceError(f"the Ray cluster {where} cannot be joined ({one_line(error)}); {_advice()}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # ray.init sets a handler of its own, which exits with 15
+            signal.signal(signal.SIGTERM, before)
     log.info("Ray is ready after %.1f s", time.perf_counter() - start)
 
 

@@ -16,16 +16,10 @@ from distmeta.config import Config, load, packaged, read_yaml
 from distmeta.distributed.cluster import demand
 from distmeta.errors import ConfigError, DistmetaError, one_line
 from distmeta.experiment import assemble
+from distmeta.tune.packaged import searches
 from distmeta.tune.search import Search
 from distmeta.tune.space import flat, nested, overrides
 from distmeta.tune.strategies import make_scheduler, make_searcher
-
-
-def searches() -> dict[str, Path]:
-    """The searches that come with the package, by name."""
-    here = Path(__file__).parent
-    folders = [here / "configs", here.parents[1] / "tune_configs"]  # as a wheel has them, and as the source tree
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_search(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) -> Search:

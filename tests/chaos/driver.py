@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,16 @@ def digest(run: Path) -> str:
     """The final meta-parameters, all bytes of them."""
     last = max((run / "checkpoints").glob("step-*"))
     return f"{last.name} {hashlib.sha256((last / 'meta.safetensors').read_bytes()).hexdigest()}"
+
+
+def listens(process: subprocess.Popen[str]) -> None:
+    """Returns once the command hears signals, some tenths of a second after Python has begun to start; or has ended."""
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.01)
 
 
 class Driver:
@@ -90,14 +101,14 @@ class Driver:
         return code
 
     def failures(self) -> list[str]:
-        """The exceptions whose tracebacks it has shown, but for being interrupted while Python still loads modules."""
+        """The exceptions whose tracebacks it has shown."""
         found: list[str] = []
         within = False
         for _, line in self.said:
             if within and line and not line[0].isspace():
                 found.append(line)
             within = line.startswith("Traceback") or (within and line[:1].isspace())
-        return [line for line in found if line != "KeyboardInterrupt"]
+        return found
 
     def last_words(self) -> str:
         """What the process at hand has said."""
