@@ -84,10 +84,15 @@ def omniglot_lists() -> Path:
 def ray_cluster(_own_folders: None) -> Iterator[None]:
     """One local Ray cluster for the whole session; pools that find it running join it."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning", namespace="distmeta")
+    # Another Ray on this machine, such as that of a command, waits for seconds where the usual port is taken.
+    head = {"num_cpus": 4, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head | {"object_store_memory": 2**30})
+    ray.init(address=cluster.address, logging_level="warning", namespace="distmeta")
     yield
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
