@@ -2,11 +2,12 @@
 
     python benchmarks/sampling.py [--seconds 60] [--copies 10]
 
-Three ways to step the same robot arm (Meta-World's reach-v3, episodes of 500 steps, resets included), in turns in one
-run, one thread each. A second is one of processor time, which other work on the machine hardly changes:
+Three ways to step the same robot arm (Meta-World's reach-v3, episodes of 500 steps, resets included) through the same
+actions, since steps differ in what they cost, in turns in one run, one thread each. A second is one of processor time,
+which other work on the machine hardly changes:
 
-- bare: ``env.step`` with random actions in a loop over the copies, and nothing else;
-- Meta-World's own vector environment (gymnasium's SyncVectorEnv with Meta-World's wrappers), with random actions;
+- bare: ``env.step`` with the actions that distmeta's policy took, in a loop over the copies, and nothing else;
+- Meta-World's own vector environment (gymnasium's SyncVectorEnv with Meta-World's wrappers), with these actions;
 - distmeta: sampling with a policy of two layers of 64, recording, baseline and advantages included.
 
 Printed are medians over turns of steps a second, and their ratios in the same turn with the spread.
@@ -20,63 +21,43 @@ import time
 from collections.abc import Callable
 
 import gymnasium
-import metaworld
 import numpy as np
 import torch
 
 from distmeta.core.policy import PolicyLoss
 from distmeta.models.policy import MLPPolicy
 from distmeta.tasks.control import ControlTask
-from distmeta.tasks.metaworld import MetaWorld
+from distmeta.tasks.metaworld import Goal, MetaWorld
 
 HORIZON = 500
 
 
-def bare(copies: int) -> Callable[[], int]:
+def bare(tasks: MetaWorld, goal: Goal, actions_TEA: np.ndarray) -> Callable[[], None]:
     """Steps each copy through an episode."""
-    made = metaworld.ML1("reach-v3", seed=0)
-    envs = [made.train_classes["reach-v3"]() for _ in range(copies)]
+    envs = [tasks.make(goal.environment) for _ in actions_TEA[0]]
     for env in envs:
-        env.set_task(made.train_tasks[0])
-    actions = np.random.default_rng(0).uniform(-1, 1, (HORIZON, copies, 4)).astype(np.float32)
+        tasks.apply(env, goal)
 
-    def episode() -> int:
+    def episode() -> None:
         for env in envs:
             env.reset()
-        for t in range(HORIZON):
-            for env, action in zip(envs, actions[t], strict=True):
+        for action_EA in actions_TEA:
+            for env, action in zip(envs, action_EA, strict=True):
                 env.step(action)
-        return HORIZON * copies
 
     return episode
 
 
-def vector(copies: int) -> Callable[[], int]:
+def vector(goal: Goal, actions_TEA: np.ndarray) -> Callable[[], None]:
     """Meta-World's own, which resets by itself."""
-    envs = gymnasium.make_vec("Meta-World/ML1-train", env_name="reach-v3", seed=0, meta_batch_size=copies)
+    made = {"env_name": goal.environment, "seed": 0, "meta_batch_size": actions_TEA.shape[1]}
+    envs = gymnasium.make_vec("Meta-World/ML1-train", **made)
     envs.call("sample_tasks")
     envs.reset()
-    actions = np.random.default_rng(0).uniform(-1, 1, (HORIZON, copies, 4)).astype(np.float32)
 
-    def episode() -> int:
-        for t in range(HORIZON):
-            envs.step(actions[t])
-        return HORIZON * copies
-
-    return episode
-
-
-def ours(copies: int) -> Callable[[], int]:
-    """A task's support set."""
-    tasks = MetaWorld(episodes=copies, horizon=HORIZON)
-    policy = PolicyLoss(MLPPolicy((39,), 4, hidden=(64, 64)), tasks.spec.loss)
-    tasks.bind(policy)
-    params = policy.init()
-    task: ControlTask = tasks.sample(np.random.default_rng(0), "train")
-
-    def episode() -> int:
-        task.support(params, 0)
-        return HORIZON * copies
+    def episode() -> None:
+        for action_EA in actions_TEA:
+            envs.step(action_EA)
 
     return episode
 
@@ -87,10 +68,16 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=10, help="environments of a process")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    ways = {
-        "bare env.step": bare(given.copies),
-        "Meta-World's vector": vector(given.copies),
-        "distmeta": ours(given.copies),
+    tasks = MetaWorld(episodes=given.copies, horizon=HORIZON)
+    policy = PolicyLoss(MLPPolicy((39,), 4, hidden=(64, 64)), tasks.spec.loss)
+    tasks.bind(policy)
+    params = policy.init()
+    task: ControlTask = tasks.sample(np.random.default_rng(0), "train")
+    actions_TEA = task.query(params).action_ETA.transpose(0, 1).numpy().clip(-1, 1)
+    ways: dict[str, Callable[[], object]] = {
+        "bare env.step": bare(tasks, task.goal, actions_TEA),
+        "Meta-World's vector": vector(task.goal, actions_TEA),
+        "distmeta": lambda: task.query(params),
     }
     for episode in ways.values():
         episode()
@@ -99,8 +86,8 @@ def main() -> None:
     while time.perf_counter() < end or len(rates["distmeta"]) < 3:
         for name, episode in ways.items():
             start = time.process_time()
-            steps = episode()
-            rates[name].append(steps / (time.process_time() - start))
+            episode()
+            rates[name].append(HORIZON * given.copies / (time.process_time() - start))
     print(f"{given.copies} copies of reach-v3 in one process, one thread, {len(rates['distmeta'])} turns")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(rates["distmeta"], values, strict=True)]

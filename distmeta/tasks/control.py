@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distmeta.core.policy import ActionSpec, Estimator, Kind, PolicyLoss, Rollouts, advantages
 from distmeta.core.seeds import stream
@@ -202,16 +203,20 @@ class ControlTask:
         device, dtype, policy = first.device, first.dtype, self.policy.at(params)
         rng, seeds = self._stream(name, number)
         noise = torch.from_numpy(kind.noise(rng, (self.horizon, self.episodes), tasks.spaces.actions)).to(device, dtype)
-        observations, actions, outputs, rewards, valid, success = [], [], [], [], [], np.zeros(self.episodes)
         simulator = tasks.simulator(self.goal, self.episodes)
-        alive = np.ones(self.episodes, bool)
         observation = self._stepped(watchdog, lambda: simulator.reset(self.goal, seeds))
-        self._check("first observation", observation, alive, 0)
+        alive = np.ones(self.episodes, bool)
+        self._check("first observation", observation[None], alive[None])
+        decisions: list[tuple[Tensor, Tensor, Tensor]] = []
+        outcomes: list[Outcome] = []
+        valid: list[NDArray[np.bool_]] = []
+        # All that can wait until the end is done there: here it would keep the simulator out of the processor's caches.
         for t in range(self.horizon):
             start = time.perf_counter()
             seen = torch.from_numpy(observation).to(device, dtype)
             output = policy(seen)
             if not bool(output.sum().isfinite()):
+                self._check_all(outcomes, valid)
                 raise NumericalError(
                     f"what the policy puts out is not finite in step {t}, {self._where()}: its adaptation "
                     "diverges; lower algorithm.inner_lr"
@@ -219,30 +224,33 @@ class ControlTask:
             action = kind.act(output, noise[t])
             self.seconds["policy"] += time.perf_counter() - start
             outcome = self._stepped(watchdog, lambda a=action: simulator.step(a.cpu().numpy()))
-            self._check("observation", outcome.observation_EO, alive, t)
-            self._check("reward", outcome.reward_E, alive, t)
-            observations.append(seen)
-            actions.append(action)
-            outputs.append(output)
-            rewards.append(np.where(alive, outcome.reward_E, 0.0))
-            valid.append(alive.copy())
-            success = np.maximum(success, np.where(alive, outcome.success_E, 0.0))
-            alive &= ~outcome.ended_E
-            observation = np.where(alive[:, None], outcome.observation_EO, 0.0)
-            if not alive.any():
-                break
-        reward_ET, valid_ET = (torch.from_numpy(np.stack(x, 1).astype(np.float64)) for x in (rewards, valid))
-        observation_ETO = torch.stack(observations, 1)
+            outcome = Outcome(*map(np.array, outcome))  # a simulator may fill the same arrays in each step
+            decisions.append((seen, action, output))
+            outcomes.append(outcome)
+            valid.append(alive)
+            alive = alive & ~outcome.ended_E
+            observation = outcome.observation_EO
+            if not alive.all():
+                observation = np.where(alive[:, None], observation, 0.0)
+                if not alive.any():
+                    break
+        self._check_all(outcomes, valid)
+        valid_ET = np.stack(valid, 1)
+        of_valid = lambda values: torch.from_numpy(np.where(valid_ET, np.stack(values, 1), 0.0))  # noqa: E731
+        reward_ET = of_valid([outcome.reward_E for outcome in outcomes]).double()
+        success_E = of_valid([outcome.success_E for outcome in outcomes]).double().amax(1)
+        observation_ETO, action_ETA, output_ETP = (torch.stack(each, 1) for each in zip(*decisions, strict=True))
+        was_valid_ET = torch.from_numpy(valid_ET.astype(np.float64))
         advantage_ET = advantages(
-            observation_ETO.cpu(), reward_ET, valid_ET, discount=tasks.discount, gae_lambda=tasks.gae_lambda
+            observation_ETO.cpu(), reward_ET, was_valid_ET, discount=tasks.discount, gae_lambda=tasks.gae_lambda
         )
-        scores = [reward_ET.sum(1), torch.from_numpy(success)][: 1 + tasks.measures_success]
+        scores = [reward_ET.sum(1), success_E][: 1 + tasks.measures_success]
         return Rollouts(
             observation_ETO,
-            torch.stack(actions, 1),
-            torch.stack(outputs, 1),
+            action_ETA,
+            output_ETP,
             advantage_ET.to(device, dtype),
-            valid_ET.to(device, dtype),
+            was_valid_ET.to(device, dtype),
             torch.stack(scores, 1).to(device, dtype),
         )
 
@@ -281,10 +289,17 @@ class ControlTask:
         finally:
             self.seconds["environment"] += time.perf_counter() - start
 
-    def _check(self, what: str, values: Floats, alive: NDArray[np.bool_], t: int) -> None:
-        bad = ~np.isfinite(values).reshape(len(alive), -1).all(axis=1) & alive
-        if bad.any():
-            episode = int(np.flatnonzero(bad)[0])
+    def _check_all(self, outcomes: Sequence[Outcome], valid: Sequence[NDArray[np.bool_]]) -> None:
+        """Whether the simulator has given nothing but finite numbers."""
+        if outcomes:
+            valid_TE = np.stack(valid)
+            self._check("observation", np.stack([outcome.observation_EO for outcome in outcomes]), valid_TE)
+            self._check("reward", np.stack([outcome.reward_E for outcome in outcomes]), valid_TE)
+
+    def _check(self, what: str, values_TE: Floats, valid_TE: NDArray[np.bool_]) -> None:
+        bad_TE = ~np.isfinite(values_TE).reshape(*valid_TE.shape, -1).all(axis=2) & valid_TE
+        if bad_TE.any():
+            t, episode = np.argwhere(bad_TE)[0]
             raise DataError(
                 f"the {what} of the environment {type(self.tasks).__name__} is not finite in episode {episode}, step "
                 f"{t}, {self._where()}"
