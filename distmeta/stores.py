@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 import posixpath
 import re
 from collections.abc import Generator
@@ -22,6 +23,7 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "a
             "abfss": "adlfs", "sftp": "sshfs", "ssh": "sshfs", "smb": "smbprotocol"}  # fmt: skip
 SSH = {"known_hosts": (), "connect_timeout": 30, "keepalive_interval": 15}
 """How sshfs connects: to hosts in ``~/.ssh/known_hosts`` alone, and with an end to waiting for one that is gone."""
+GOOGLE = ("gs", "gcs")
 TALKATIVE = ("gcsfs", "google.auth", "azure")
 """Loggers that say at length what is raised as well."""
 
@@ -50,6 +52,8 @@ class Store:
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         options: dict[str, Any] = SSH if self._protocol in ("sftp", "ssh") else {}
+        if self._protocol in GOOGLE and os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            options = {"token": "google_default"}  # gcsfs would go on as nobody if they cannot be read
         # Where a protocol keeps a connection, the one that fsspec gives to all who ask may have been lost.
         self._connect = functools.partial(fsspec.core.url_to_fs, url, **options, skip_instance_cache=self._folders)
         package = PACKAGES.get(self._protocol)
@@ -57,6 +61,8 @@ class Store:
             if package:
                 importlib.import_module(package)  # for sftp fsspec would make do with another, which trusts any host
             self._fs, self._root = self._connect()
+            if self._protocol in GOOGLE:
+                self._sign_in()
         except ImportError as error:
             missing = f"the package {package}: pip install {package}" if package else "another package"
             raise ConfigError(f"{self.url} needs {missing} ({one_line(error)})") from error
@@ -67,6 +73,13 @@ class Store:
                     "s3://bucket/run"
                 ) from error
             raise self._unreachable(error) from error
+
+    def _sign_in(self) -> None:
+        """Asks Google for a token, once: gcsfs by itself asks a server that refuses for two minutes."""
+        try:
+            self._fs.credentials.maybe_refresh()
+        except Exception as error:
+            raise error.__cause__ or error from None  # gcsfs says less than Google does
 
     def reconnect(self) -> None:
         """Makes a new connection where the protocol keeps one, which may have been lost."""
@@ -124,8 +137,9 @@ class Store:
 
     def reason(self, error: Exception) -> str:
         """What has happened, in one line without a password."""
-        # Azure's messages go on with identifiers and the answer's XML.
-        text = re.sub(r"\s*RequestId:.*", "", str(error), flags=re.DOTALL)
+        # Azure's messages go on with identifiers and the answer's XML, Google's with the answer as a second argument.
+        said = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else error
+        text = re.sub(r"\s*RequestId:.*", "", str(said), flags=re.DOTALL)
         text = f"{type(error).__name__}: {' '.join(text.split()).rstrip('.')}".removesuffix(": ")
         text = text.replace(self._secret, "…") if self._secret else text
         return text if len(text) <= 300 else f"{text[:300]} …"

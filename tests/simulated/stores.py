@@ -21,7 +21,10 @@ import boto3
 import fsspec
 import pytest
 from azure.storage.blob import BlobServiceClient
+from azure.storage.blob.aio import ExponentialRetry
 from botocore.config import Config as Options
+from gcsfs.core import GCSFileSystem
+from gcsfs.retry import retry_request
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import ThreadedFTPServer
@@ -212,6 +215,13 @@ def reach(patch: pytest.MonkeyPatch, server: Server, port: int | None = None, **
 
 
 STORES: dict[str, type[Server]] = {"s3": S3, "gs": Google, "az": Azure, "sftp": Sftp, "ftp": Ftp}
+
+
+def impatient(patch: pytest.MonkeyPatch) -> None:
+    """Lets gcsfs and adlfs give up after seconds instead of half a minute and a minute, which they cannot be told."""
+    again = retry_request(retries=2)(GCSFileSystem._request.__wrapped__)
+    patch.setattr(GCSFileSystem, "_request", again)
+    patch.setattr(ExponentialRetry, "get_backoff_time", lambda *_: 0.3)
 
 
 class Cable:
