@@ -8,10 +8,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import boto3
 import pytest
 import yaml
+from moto import mock_aws
+from ray.autoscaler._private.aws import config as aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from simulated.hosts import Hosts, missing
 
@@ -130,6 +136,65 @@ def test_files_are_what_ray_up_takes(file: str) -> None:
     assert "--dashboard-host=127.0.0.1" in whole["head_start_ray_commands"][-1]
     assert "ray-wheels/latest" not in json.dumps(whole), "no nightly build, as Ray's own defaults would install"
     assert whole["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What an instance of EC2 asks about itself (IMDS, version 2)."""
+
+    def answer(self, header: str, value: str, body: str) -> None:
+        self.send_response(200 if self.headers[header] == value else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_PUT(self) -> None:
+        assert self.path == "/latest/api/token"
+        self.answer("X-aws-ec2-metadata-token-ttl-seconds", "60", "a token")
+
+    def do_GET(self) -> None:
+        assert self.path == "/latest/meta-data/ami-id"
+        self.answer("X-aws-ec2-metadata-token", "a token", "ami-0123456789abcdef0")
+
+
+@mock_aws(config={"iam": {"load_aws_managed_policies": True}})
+def test_aws_gets_what_the_file_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own way from the file to instances, by the laptop and by the head, on an AWS that moto plays."""
+    for key, value in {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "DEFAULT_REGION": "us-west-2"}.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    monkeypatch.setattr(aws.time, "sleep", lambda _: None)  # until IAM knows everywhere what it has been told
+    given = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    config = aws.bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(given))
+    head, gpu = (config["available_node_types"][kind] for kind in ("head", "gpu"))
+    assert head["resources"] == {"CPU": 0}
+    assert {"CPU": 4, "GPU": 1, "accelerator_type:A10G": 1}.items() <= gpu["resources"].items()
+    assert len(set(gpu["node_config"]["SubnetIds"])) == 3, "one in each zone"
+
+    # The role of the head may start instances, but not look up an image by name; so its copy of the file has none.
+    (role,) = boto3.client("iam").list_roles()["Roles"]
+    attached = boto3.client("iam").list_attached_role_policies(RoleName=role["RoleName"])["AttachedPolicies"]
+    assert {policy["PolicyName"] for policy in attached} == {"AmazonEC2FullAccess", "AmazonS3FullAccess"}
+    (file := tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
+    (command,) = (command for command in config["head_start_ray_commands"] if "sed " in command)
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        Thread(target=server.serve_forever).start()
+        here = f"127.0.0.1:{server.server_port}"
+        subprocess.run(["bash", "-c", command.replace("169.254.169.254", here)], check=True, timeout=60)
+        server.shutdown()
+    on_head = json.loads(file.read_text())
+    for kind in ("head", "gpu"):
+        found = on_head["available_node_types"][kind]["node_config"].pop("ImageId")
+        assert found == "ami-0123456789abcdef0"
+        config["available_node_types"][kind]["node_config"].pop("ImageId")
+    assert on_head == config, "nothing else has changed"
+
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for kind, node in (("head", head), ("gpu", gpu)):
+        provider.create_node(node["node_config"] | {"ImageId": found}, {"ray-user-node-type": kind}, 1)
+    started = {node.instance_type: node for node in boto3.resource("ec2").instances.all()}
+    assert started["m6i.xlarge"].instance_lifecycle is None, "on demand"
+    assert started["g5.xlarge"].instance_lifecycle == "spot"
 
 
 def test_the_kubernetes_files_have_the_published_structure() -> None:
