@@ -121,7 +121,12 @@ class Scaling(Section):
         description="begin with so many, take others in as the cluster grows; null: all must fit at once",
     )
     use_gpu: bool = Field(False, description="each worker computes on a GPU of its own")
-    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs of a worker with use_gpu; less than 1 shares one")
+    gpus_per_worker: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a GPU that each worker has with use_gpu; it computes on one at most",
+    )
     cpus_per_worker: float = Field(1.0, ge=0, description="CPU cores that Ray sets aside for a worker")
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="further Ray resources of a worker, for example {a100: 1}"

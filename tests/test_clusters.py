@@ -13,13 +13,25 @@ from pathlib import Path
 from threading import Thread
 
 import boto3
+import numpy as np
 import pytest
+import torch
 import yaml
 from moto import mock_aws
+from problems import Blobs, problem_of
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from simulated.hosts import Hosts, missing
+
+from distmeta import MAML
+from distmeta.config import Scaling
+from distmeta.distributed.cluster import connect
+from distmeta.distributed.executor import InProcess, reduce_mean
+from distmeta.distributed.ray import RayPool
+from distmeta.distributed.work import shards_of
+from distmeta.errors import ResourceError
+from distmeta.models import MLP
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -58,7 +70,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     assert started.process.returncode == 0, started.errors.read_text()
 
 
-def test_an_autoscaler_adds_eight_nodes_and_three_are_lost(tmp_path: Path) -> None:
+def test_an_autoscaler_adds_eight_nodes_and_three_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """On a host of its own, since the cluster of this test stops every Ray that it sees."""
     if reason := missing():
         pytest.skip(reason)
@@ -71,7 +83,8 @@ def test_an_autoscaler_adds_eight_nodes_and_three_are_lost(tmp_path: Path) -> No
     assert found["lost"] == 3 and found["retries"] >= 1
     assert found["same_bits"]
     idle = 1 - found["utilisation"]
-    print(f"8 workers on 8 nodes: {found['utilisation']:.0%} of their time was work, {idle:.0%} idle")
+    with capsys.disabled():
+        print(f"\n8 workers on 8 nodes: {found['utilisation']:.0%} of their time was work, {idle:.0%} idle")
 
 
 def test_automatic_workers_follow_a_cluster_that_grows(nodes: Nodes) -> None:
@@ -95,9 +108,23 @@ def test_each_worker_sees_the_gpu_that_it_was_given(nodes: Nodes) -> None:
     whole, halves = found["whole"], found["halves"]
     assert len(whole) == 7 and all(len(devices.split(",")) == 1 for _, devices in whole)
     assert sorted(whole) == [["a", "0"], ["b", "0"], ["b", "1"], ["c", "0"], ["c", "1"], ["c", "2"], ["c", "3"]]
-    assert sorted(halves) == [["a", "0"], ["a", "0"]]
+    assert sorted(halves) == [["b", "0"], ["b", "0"], ["b", "1"], ["b", "1"]]
     assert found["automatic"] == 7, "one for each GPU of the cluster"
-    assert "4 workers need 4 CPU, 8 GPU; the cluster has 24 CPU, 7 GPU and holds 3 of them" in found["refused"]
+    assert "4 workers need 20 CPU, 4 GPU; the cluster has 24 CPU, 7 GPU and holds 3 of them" in found["refused"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_share_a_real_gpu(workers: int, ray_cluster: None) -> None:
+    """One worker has it to itself, two have a half each; either way the bits are those of this process on it."""
+    problem, theta = problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Blobs(), device="cuda")
+    shards = shards_of("train", 0, 8, 2)
+    alone = reduce_mean(InProcess(problem).map("meta_gradient", theta, shards))
+    scaling = Scaling(num_workers=workers, use_gpu=True, gpus_per_worker=1 / workers)
+    with RayPool(problem, scaling, most=4) as pool:
+        pool._wait_for(workers)
+        assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards)), alone)
+        assert all(s.hardware.startswith(torch.cuda.get_device_name()) for s in pool._workers.values())
 
 
 def test_workers_go_where_they_are_wanted(nodes: Nodes) -> None:
@@ -124,6 +151,12 @@ def test_data_reach_nodes_that_do_not_have_them(nodes: Nodes) -> None:
     assert found["same_bits"]
     assert not found["made"], "the node b has no cache of its own, and makes none"
     assert "the data of the tasks are sent to the nodes that do not have them" in found["said"]
+    assert re.fullmatch(r"on the node [\d.]+: .*/data/blobs.csv does not exist", found["refused"]), found["refused"]
+
+
+def test_an_address_of_rays_client_is_refused() -> None:
+    with pytest.raises(ResourceError, match=r"ray://head:10001 is an address for Ray's client.* submit a job"):
+        connect(Scaling(address="ray://head:10001"))
 
 
 @pytest.mark.parametrize("file", ["cluster.yaml", "cluster/gcp.yaml", "cluster/onprem.yaml"])

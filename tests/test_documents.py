@@ -79,6 +79,7 @@ def test_main_job_without_arguments(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "nearest neighbour   accuracy" in done.stderr
+    assert "WARNING" not in done.stderr, "Ray has nothing to say that concerns a user"
     from distmeta import RunFolder
 
     summary = RunFolder.open(tmp_path / "main-job").summary()

@@ -28,6 +28,11 @@ def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
         ResourceError: The cluster cannot be reached.
     """
     address = scaling.address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("ray://"):
+        raise ResourceError(
+            f"{address} is an address for Ray's client, by which workers cannot be followed; submit a job, or run on a "
+            "node of the cluster with scaling.address=HOST:6379 (docs/cluster.md)"
+        )
     quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": log_to_driver, "namespace": "distmeta"}
     start = time.perf_counter()
     before = signal.getsignal(signal.SIGTERM)
@@ -35,6 +40,7 @@ def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
         if address:
             ray.init(address=address, **quiet)
         else:
+            logging.getLogger("ray._private.authentication").setLevel("ERROR")  # which explains tokens at each start
             # A worker per core is the rule; who asks for more on one machine gets them, sharing the cores.
             wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
             cores = int(np.ceil(wanted)) if wanted > len(os.sched_getaffinity(0)) else None
@@ -47,7 +53,12 @@ def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-    log.info("Ray is ready after %.1f s", time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    if address:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        log.info("joined the Ray cluster %s of %d nodes after %.1f s", address, nodes, seconds)
+    else:
+        log.info("Ray is ready after %.1f s", seconds)
 
 
 def _advice() -> str:

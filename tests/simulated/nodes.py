@@ -30,7 +30,7 @@ from distmeta.distributed import worker
 from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.ray import RayPool
 from distmeta.distributed.work import shards_of
-from distmeta.errors import ResourceError
+from distmeta.errors import DataError, ResourceError
 from distmeta.models import MLP
 from distmeta.tasks import TASKS
 
@@ -81,7 +81,7 @@ def expected(theta, number: int) -> np.ndarray:
 def message(call) -> str:
     try:
         call()
-    except ResourceError as error:
+    except (ResourceError, DataError) as error:
         return str(error)
     return ""
 
@@ -186,15 +186,15 @@ def drain(made: Cluster, folder: Path) -> dict:
 
 
 def gpus(made: Cluster, folder: Path) -> dict:
-    pairs = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=2)
-    halves = Scaling(num_workers=2, use_gpu=True, gpus_per_worker=0.5, resources={"node-a": 0.1})
+    large = Scaling(num_workers=4, use_gpu=True, cpus_per_worker=5)
+    halves = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=0.5, resources={"node-b": 0.1})
     with RayPool(problem(Blobs())[0], Scaling(use_gpu=True), most=99) as pool:
         automatic = pool.size
     return {
         "automatic": automatic,
         "whole": _told(Scaling(num_workers=7, use_gpu=True), folder),
         "halves": _told(halves, folder),
-        "refused": message(lambda: RayPool(problem(Blobs())[0], pairs, 4)),
+        "refused": message(lambda: RayPool(problem(Blobs())[0], large, 4)),
     }
 
 
@@ -257,6 +257,15 @@ def hardware(made: Cluster, folder: Path) -> dict:
     }
 
 
+class Missing(Blobs):
+    """Blobs whose file the node b does not see."""
+
+    def sample(self, rng, split):
+        if node_name() == "b":
+            raise DataError("/data/blobs.csv does not exist")
+        return super().sample(rng, split)
+
+
 def data(made: Cluster, folder: Path) -> dict:
     """The node b has a cache folder of its own, which is empty, and a data root with nothing in it."""
     tasks = TASKS["glyphs"](ways=3, queries=1)
@@ -265,7 +274,10 @@ def data(made: Cluster, folder: Path) -> dict:
     with RayPool(given, Scaling(num_workers=2, resources={"data": 1}), most=TASKS_OF_STEP) as pool:
         pool._wait_for(2)
         same = all(np.array_equal(step(pool, theta, n), step(InProcess(given), theta, n)) for n in range(3))
-    return {"same_bits": same, "made": (folder / "cache-b").exists()}
+    missing, theta = problem(Missing())
+    with RayPool(missing, Scaling(num_workers=1, resources={"node-b": 0.1}), most=1) as pool:
+        refused = message(lambda: step(pool, theta, 0))
+    return {"same_bits": same, "made": (folder / "cache-b").exists(), "refused": refused}
 
 
 def serve(folder: Path) -> None:
