@@ -1,6 +1,7 @@
 """docs/cluster.md followed to the letter: a head, two workers and a laptop, all on this machine.
 
-The laptop's ``cluster.yaml`` is cluster/onprem.yaml; its commands are those of the page, but for the job (`SHORTER`).
+The laptop's ``cluster.yaml`` is cluster/onprem.yaml; its commands are those of the page, but for
+what they train (`SHORTER`, `BY_HAND`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ SHORTER = {
     "glyphs-5way-1shot-maml": "lines.yaml tasks.wait=0.2",
     "scaling.num_workers=8": "scaling.num_workers=3 scaling.placement=spread",
 }
+BY_HAND = {"glyphs-5way-1shot-maml": "lines.yaml train.steps=3", "num_workers=8": "num_workers=2"}
 
 
 @pytest.fixture
@@ -79,6 +81,7 @@ def config_for(hosts: Hosts) -> dict:
     config["setup_commands"] = [f"echo 'export PATH={sys.prefix}/bin:$PATH' >> ~/.bashrc"]
     quick = "RAY_AUTH_MODE=token RAY_health_check_period_ms=500 RAY_health_check_timeout_ms=2000"
     quick += " RAY_health_check_failure_threshold=3 RAY_gcs_rpc_server_reconnect_timeout_s=10"
+    quick += " RAY_raylet_start_wait_time_s=120"  # a busy machine is no failure
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert config[key][1].count("RAY_AUTH_MODE=token") == 1
         config[key][1] = config[key][1].replace("RAY_AUTH_MODE=token", quick)
@@ -92,23 +95,29 @@ class Page:
         self.hosts, self.folder, self.environment = hosts, folder, dict(UP)
         text = (PROJECT / "docs" / "cluster.md").read_text()
         self.left: list[str] = []
-        for section in ("Up, a job, down", "While it runs"):
+        for section in ("Up, a job, down", "A shell on the head", "While it runs"):
             (block,) = re.findall(rf"^## {section}\n\n```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
             lines = (line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
             self.left += filter(None, lines)
 
-    def popen(self, start: str, **replaced: str) -> subprocess.Popen[str]:
-        """Starts the next command that begins with ``start``."""
+    def take(self, start: str, **replaced: str) -> str:
+        """The next command that begins with ``start``."""
         command = next(line for line in self.left if line.startswith(start))
         self.left.remove(command)
         for old, new in replaced.items():
             assert old in command, f"{old} is not in {command!r}"
             command = command.replace(old, new)
-        return self.hosts.popen("laptop", f"cd {self.folder} && {command.removesuffix('&')}", **self.environment)
+        return command.removesuffix("&")
 
-    def run(self, start: str, timeout: float = 120, **replaced: str) -> str:
+    def popen(self, start: str, typed: str = "", **replaced: str) -> subprocess.Popen[str]:
+        """Starts the next command that begins with ``start``, and types ``typed`` into it."""
+        typing = f"printf %s {shlex.quote(typed)} | " if typed else ""
+        command = f"cd {self.folder} && {typing}{self.take(start, **replaced)}"
+        return self.hosts.popen("laptop", command, **self.environment)
+
+    def run(self, start: str, timeout: float = 120, typed: str = "", **replaced: str) -> str:
         """Runs the next command that begins with ``start``, and returns what it says."""
-        process = self.popen(start, **replaced)
+        process = self.popen(start, typed, **replaced)
         try:
             said, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -119,9 +128,7 @@ class Page:
 
     def export(self) -> None:
         """Does the next export."""
-        command = next(line for line in self.left if line.startswith("export "))
-        self.left.remove(command)
-        self.environment |= dict(pair.split("=") for pair in command.split()[1:])
+        self.environment |= dict(pair.split("=") for pair in self.take("export ").split()[1:])
 
 
 @pytest.mark.timeout(600)
@@ -170,6 +177,12 @@ def test_up_a_job_through_a_cut_cable_and_down(tmp_path: Path, job: Path) -> Non
         seen = page.run("ray exec")
         assert "60 of 60 outer steps" in seen and "finished" in seen
         page.run("ray rsync-down")
+        words = [page.take("export "), f"cd {job}", page.take("distmeta train", **BY_HAND), page.take("exit"), ""]
+        said = page.run("ray attach", typed="\n".join(words))
+        # Ray may have taken the host whose cable was pulled for dead.
+        assert re.search("joined the Ray cluster auto of [23] nodes", said), said
+        living = hosts.run("head", f"python -c {shlex.quote(NODES)}", RAY_AUTH_MODE="token")
+        assert all(hosts.addresses[name] in living for name in ("head", "one")), "it ends no cluster that it joins"
         page.run("ray down")
         assert page.left == ['pip install "ray[default]" boto3'], "all that the page says has been done"
 
