@@ -178,7 +178,7 @@ def test_up_a_job_through_a_cut_cable_and_down(tmp_path: Path, job: Path) -> Non
         assert "60 of 60 outer steps" in seen and "finished" in seen
         page.run("ray rsync-down")
         words = [page.take("export "), f"cd {job}", page.take("distmeta train", **BY_HAND), page.take("exit"), ""]
-        said = page.run("ray attach", typed="\n".join(words))
+        said = page.run("ray attach", timeout=200, typed="\n".join(words))
         # Ray may have taken the host whose cable was pulled for dead.
         assert re.search("joined the Ray cluster auto of [23] nodes", said), said
         living = hosts.run("head", f"python -c {shlex.quote(NODES)}", RAY_AUTH_MODE="token")

@@ -56,7 +56,8 @@ def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
     seconds = time.perf_counter() - start
     if address:
         nodes = sum(node["Alive"] for node in ray.nodes())
-        log.info("joined the Ray cluster %s of %d nodes after %.1f s", address, nodes, seconds)
+        size = "one node" if nodes == 1 else f"{nodes} nodes"
+        log.info("joined the Ray cluster %s of %s after %.1f s", address, size, seconds)
     else:
         log.info("Ray is ready after %.1f s", seconds)
 
