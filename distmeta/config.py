@@ -78,8 +78,10 @@ class Train(Section):
     steps: int = Field(1000, ge=0, description="outer steps")
     meta_batch_size: int = Field(32, ge=1, description="tasks of an outer step")
     shard_size: int = Field(8, ge=1, description="tasks of a shard, the unit of work; part of the result's last bits")
-    strategy: Literal["loop", "vmap", "compiled"] = Field(
-        "loop", description="tasks of a shard one by one, vectorised, or vectorised and compiled (docs/performance.md)"
+    strategy: Literal["loop", "vmap", "compiled", "auto"] = Field(
+        "loop",
+        description="tasks of a shard one by one, vectorised, or vectorised and compiled; auto: what a trial at the "
+        "start finds fastest (docs/performance.md)",
     )
     on_failure: Literal["raise", "skip"] = Field(
         "raise", description="a task whose numbers are not finite, or whose environment fails: stop, or leave it out"

@@ -95,6 +95,12 @@ def _parts(key: str, options: Mapping[str, Any]) -> dict[str, Component]:
     return parts
 
 
+def of_objects(config: Config) -> bool:
+    """Whether a part of the configuration was given as a Python object, of which it has the name alone."""
+    parts = [config.tasks.use, config.model.use, config.algorithm.use, config.loss or ""]
+    return any(part.startswith(_OBJECT) for part in parts)
+
+
 def assemble(
     config: Config,
     *,
@@ -140,7 +146,7 @@ def assemble(
         tasks=cast(TaskDistribution, tasks),
         layout=Layout.of(initial),
         seed=config.seed,
-        strategy=config.train.strategy,
+        strategy="loop" if config.train.strategy == "auto" else config.train.strategy,
         on_failure=config.train.on_failure,
         threads=config.scaling.threads_per_worker,
         device="cuda" if config.scaling.use_gpu else "cpu",

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, TypedDict
@@ -18,10 +17,8 @@ from torch import nn
 from distmeta import checkpoint as storage
 from distmeta.config import Config, load
 from distmeta.core.loss import Criterion
-from distmeta.core.params import join, split
 from distmeta.core.types import TaskDistribution
 from distmeta.distributed.executor import Executor, InProcess, MetaBatch, gather, reduce_mean
-from distmeta.distributed.passes import vectorise
 from distmeta.distributed.work import Problem, Shard, reproducible, shards_of
 from distmeta.errors import ConfigError, DistmetaError, Stopped
 from distmeta.evaluation import Evaluation, better, by_group, describe, evaluate_tasks, nearest_neighbour, show
@@ -31,6 +28,7 @@ from distmeta.outer import OuterLoop, check_constants
 from distmeta.progress import Progress
 from distmeta.runs import MAY_CHANGE, RunFolder, covered, differences
 from distmeta.stopping import StopSignal
+from distmeta.strategy import settled
 
 log = logging.getLogger("distmeta")
 
@@ -143,11 +141,12 @@ class Training:
     """One meta-training in progress: the outer loop, and those who compute its shards.
 
     Raises:
-        ConfigError: The outer optimizer refuses its settings, or vectorising the tasks is wrong for the model.
+        ConfigError: The outer optimizer refuses its settings, or the tasks cannot be vectorised (`distmeta.strategy`).
         ResourceError: The cluster cannot give the workers what they need.
     """
 
     def __init__(self, experiment: Experiment) -> None:
+        experiment = settled(experiment)
         self.config, self.problem, self._experiment = experiment.config, experiment.problem, experiment
         self.outer = OuterLoop(self.config.outer, experiment.initial, self.problem.layout)
         self.initial = self.outer.vector()
@@ -156,8 +155,6 @@ class Training:
         self._saving = 0.0  # seconds that checkpoints have held up since the last record, which stands before them
 
     def __enter__(self) -> Self:
-        if self.problem.strategy != "loop":
-            self._check_vectorised()
         if self.problem.strategy == "compiled":
             log.info("the first step waits for the compiler, for some seconds or minutes")
         self._stack = ExitStack()
@@ -352,28 +349,6 @@ class Training:
                 summary["nearest_neighbour"] = neighbour
                 progress.say(f"  nearest neighbour   accuracy {show('accuracy', neighbour)} on raw inputs")
         return summary
-
-    def _check_vectorised(self) -> None:
-        """Compares the two strategies on a task, since vectorising is wrong for some layers of torch.
-
-        Raises:
-            ConfigError: They differ by more than rounding.
-        """
-        problem = replace(self.problem, strategy="vmap")  # what is compiled is compared where it is compiled
-        tasks = problem.build(self._shards(0)[0])[:2]
-        meta = split({name: parameter.detach() for name, parameter in self.outer.params.items()})
-        problem.loss.module.eval()  # dropout would draw other masks
-        with reproducible(problem.threads, 0):
-            both = join(vectorise(problem, meta, tasks, 0).gradient)
-            one = join(problem.algorithm.meta_gradient(meta, tasks[0], problem.loss_of(tasks[0]), step=0).gradient)
-        problem.loss.module.train()
-        difference = problem.layout.pack({name: both[name][0] - tensor for name, tensor in one.items()})
-        error = float(np.linalg.norm(difference) / (np.linalg.norm(problem.layout.pack(one)) + 1e-12))
-        if error > 1e-2:
-            raise ConfigError(
-                f"train.strategy: {self.problem.strategy} gives another meta-gradient than the loop does (relative "
-                f"difference {error:.1e}); set train.strategy=loop"
-            )
 
 
 class Clock:

@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from problems import Blobs, problem_of
 
-from distmeta import MAML
+from distmeta import MAML, Episode, Split
 from distmeta.config import Scaling
 from distmeta.distributed.dispatch import QUEUED, SLOW, Dispatch
 from distmeta.distributed.executor import InProcess, reduce_mean
@@ -24,9 +25,25 @@ SHARDS = shards_of("train", 0, 6, 1)
 
 class Clock:
     now = 0.0
+    looks = 0
 
     def __call__(self) -> float:
+        self.looks += 1
         return self.now
+
+
+class Counted(Blobs):
+    """Blobs that count in a file the training tasks that are built."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Episode:
+        if split == "train":
+            with self.file.open("a") as file:
+                file.write(".")
+        return super().sample(rng, split)
 
 
 @pytest.fixture
@@ -153,6 +170,28 @@ def test_a_shard_that_is_given_up_is_not_waited_for(clock: Clock) -> None:
     assert round_.done("b", 1)
     assert not round_.missing
     assert not round_.done("a", 0), "a result that comes after all does not count"
+
+
+def test_bookkeeping_of_a_result_does_not_grow_with_the_workers(clock: Clock) -> None:
+    """Each of the idle ones asked for each of the busy ones once, which took seconds a step with 256 of them."""
+    workers = [str(i) for i in range(200)]
+    round_ = Dispatch[str](shards_of("train", 0, len(workers), 1), {}, clock)
+    given = sent(round_, *workers)
+    clock.now = 1.0
+    for worker, index in given:
+        assert round_.done(worker, index)
+        assert not sent(round_, *workers)
+    assert clock.looks <= 4 * len(workers)
+
+
+def test_what_is_built_ahead_outlasts_an_evaluation(tmp_path: Path, ray_cluster: None) -> None:
+    problem, theta = problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Counted(tmp_path / "built"))
+    first, second = (shards_of("train", step, 4, 2) for step in range(2))
+    with RayPool(problem, Scaling(num_workers=1), most=2) as pool:
+        pool.map("meta_gradient", theta, first, second)
+        pool.map("evaluate", theta, shards_of("val", 0, 4, 2))
+        pool.map("meta_gradient", theta, second)
+    assert (tmp_path / "built").read_text() == 8 * "."
 
 
 @pytest.mark.parametrize("timeout", [4.0, 300.0])

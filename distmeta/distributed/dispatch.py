@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, MutableMapping, Sequence
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 from distmeta.distributed.work import Shard
@@ -65,8 +66,9 @@ class Dispatch(Generic[W]):
                 if self._is_slow(self.holders[self.shards[index]]):
                     self.waiting.remove(index)
                     return self._sent(worker, index)
-            if not self.waiting and (late := self._late()) is not None:
-                return self._sent(worker, late)
+            if not self.waiting:  # what there is for one idle worker, there is for all
+                late = self._late()
+                return None if late is None else self._sent(worker, late)
         return None
 
     def _sent(self, worker: W, index: int) -> tuple[W, int]:
@@ -88,11 +90,10 @@ class Dispatch(Generic[W]):
         """A shard that only a slow worker has, the last of its queue."""
         copies = Counter(index for queue in self.queues.values() for index in queue)
         slowest = sorted((w for w, queue in self.queues.items() if queue), key=lambda w: self.began[w])
-        for worker in slowest:
-            if self._is_slow(worker):
-                for index in reversed(self.queues[worker]):
-                    if index in self.missing and copies[index] == 1:
-                        return index
+        for worker in takewhile(self._is_slow, slowest):
+            for index in reversed(self.queues[worker]):
+                if index in self.missing and copies[index] == 1:
+                    return index
         return None
 
     def done(self, worker: W, index: int) -> bool:

@@ -276,7 +276,7 @@ class RayPool:
         results: dict[int, ShardResult] = {}
         running: dict[ray.ObjectRef, tuple[Any, int]] = {}
         # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
-        ahead = {w: upcoming[i :: len(self._workers)][:QUEUED] for i, w in enumerate(self._workers)}
+        ahead = {w: own for i, w in enumerate(self._workers) if (own := upcoming[i :: len(self._workers)][:QUEUED])}
         while round_.missing:
             self._look()
             busy = {worker for worker, _ in self._late.values()}

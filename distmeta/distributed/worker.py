@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-import torch
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
 
 from distmeta.core.types import Portable, Task
+from distmeta.distributed.hardware import hardware
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work, named, reproducible
 from distmeta.errors import DataError, DistmetaError, WorkerError, one_line
 
@@ -87,17 +84,6 @@ class Worker:
             return self.problem.run(work, vector, shard, self.ahead.pop(shard, None), second)
         except DataError as error:
             raise DataError(f"on the node {self.node}: {error}") from error
-
-
-def hardware(device: str) -> str:
-    """What this process computes on, as far as it decides which kernels are used: processor, torch and Numba."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()} (torch {torch.__version__})"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    kernels = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    return f"{model or platform.processor()} ({kernels}, numba {version('numba')})"
 
 
 def cause_of(error: RayTaskError) -> DistmetaError:

@@ -86,6 +86,10 @@ def check(search: Search) -> None:
         try:
             config = search.trial_config(sample)
             budgets.add(_budget_of(config))
+            if config.train.strategy == "auto":
+                raise ConfigError(
+                    "train.strategy: auto could choose another one for each trial; set loop, vmap or compiled"
+                )
             assemble(config, prepare=False)
         except DistmetaError as error:
             raise ConfigError(f"{where}: {error}") from error
