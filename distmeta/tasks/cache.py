@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,7 +46,8 @@ class Block(NamedTuple):
     """What messages call each of them."""
 
 
-class ExampleSet(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ExampleSet:
     """All examples of a data set, group after group; a group is a class, or a language."""
 
     examples: NDArray[Any]
@@ -56,7 +59,7 @@ class ExampleSet(NamedTuple):
     twins: tuple[Twin, ...] = ()
     """Examples that are equal, found when the data set is cached."""
 
-    @property
+    @cached_property
     def starts(self) -> NDArray[np.int64]:
         """The row of each group's first example."""
         return np.cumsum(self.counts) - self.counts
