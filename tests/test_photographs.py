@@ -20,6 +20,7 @@ from distmeta.core.seeds import stream
 from distmeta.distributed.work import Shard
 from distmeta.errors import ConfigError, DataError
 from distmeta.models.resnet import DropBlock, ResNet12
+from distmeta.tasks.augment import augmented, transform_of
 from distmeta.tasks.cifar import FC100
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.photographs import CUB, MiniImageNet, TieredImageNet
@@ -217,6 +218,22 @@ def test_augmentation_is_of_training_tasks_alone_and_from_their_stream() -> None
     straight = Glyphs(queries=15).sample(stream(5), "train").query_set[0]
     turned = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(flipped, straight, strict=True)]
     assert 15 < sum(turned) < 60, "each image by itself"
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_crops_are_windows_of_what_torchvision_pads(mode: Any) -> None:
+    from torchvision.transforms.v2 import functional
+
+    x = torch.rand(400, 3, 6, 5)
+    crop = {"use": "RandomCrop", "size": [6, 5], "padding": [1, 2], "fill": 0.5, "padding_mode": mode}
+    made = augmented(x, transform_of([crop], (3, 6, 5)), stream(7))
+    padded = functional.pad(x, [1, 2], fill=0.5, padding_mode=mode)
+    windows = padded.unfold(2, 6, 1).unfold(3, 5, 1)  # by image, channel, top and left
+    same = (windows == made[:, :, None, None]).all((1, 4, 5))
+    assert same.flatten(1).sum(1).eq(1).all(), "each is one window of its own image"
+    counts = same.sum(0)
+    assert counts.shape == (5, 3) and counts.min() >= 10, "and each window is as likely as the others"
+    assert counts.max() <= 50
 
 
 @pytest.mark.parametrize(
