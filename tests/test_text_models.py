@@ -19,7 +19,7 @@ from distmeta.core.params import split
 from distmeta.core.types import MetaParams
 from distmeta.distributed.work import Shard
 from distmeta.errors import ConfigError
-from distmeta.models import MODELS, Seq2Seq, TextCNN, TextTransformer
+from distmeta.models import MODELS, Seq2Seq, TextCNN, TextLSTM, TextTransformer
 from distmeta.models.pretrained import PretrainedEncoder
 
 DOUBLE = torch.float64
@@ -64,6 +64,7 @@ def models() -> dict[str, tuple[nn.Module, object, object]]:
     torch.manual_seed(0)
     made: dict[str, tuple[nn.Module, object, object]] = {
         "text-cnn": (TextCNN((LENGTH,), WAYS, VOCABULARY, width=6, filters=4), Phrases(), cross_entropy),
+        "text-lstm": (TextLSTM((LENGTH,), WAYS, VOCABULARY, width=6, units=3), Phrases(), cross_entropy),
         "bag": (TextTransformer((LENGTH,), WAYS, VOCABULARY, width=6, layers=0), Phrases(), cross_entropy),
         "text-transformer": (TextTransformer((LENGTH,), WAYS, VOCABULARY, 8, 2, 2), Phrases(), cross_entropy),
         "seq2seq": (Seq2Seq((LENGTH,), VOCABULARY, VOCABULARY, 8, 1, 2), Copies(), token_cross_entropy),
@@ -113,6 +114,22 @@ def test_padding_changes_nothing(name: str) -> None:
     assert torch.allclose(one, alone, atol=1e-12)
 
 
+def test_states_of_the_lstm_are_those_of_torch() -> None:
+    model, tasks, _ = models()["text-lstm"]
+    own, theirs = model.lstm, nn.LSTM(6, 3, batch_first=True, bidirectional=True, dtype=DOUBLE)
+    with torch.no_grad():
+        for direction, suffix in enumerate(("l0", "l0_reverse")):
+            getattr(theirs, f"weight_ih_{suffix}").copy_(own.weight_x[direction].T)
+            getattr(theirs, f"weight_hh_{suffix}").copy_(own.weight_h[direction].T)
+            getattr(theirs, f"bias_ih_{suffix}").copy_(own.bias[direction, 0])
+            getattr(theirs, f"bias_hh_{suffix}").zero_()
+        tokens = tasks.sample(np.random.default_rng(0), "train").support_set[0]
+        states = own(model.embedding(tokens.clamp(min=0)), tokens >= 0)
+        for row, state in zip(tokens, states, strict=True):
+            row = row[row >= 0]
+            assert torch.allclose(theirs(model.embedding(row)[None])[0][0], state[: len(row)], atol=1e-12)
+
+
 def test_a_translation_sees_only_what_came_before() -> None:
     model, tasks, _ = models()["seq2seq"]
     source, prefix, _ = tasks.sample(np.random.default_rng(0), "train").support_set
@@ -155,7 +172,7 @@ def test_joint_training_is_the_gradient_of_the_pooled_loss() -> None:
         assert torch.equal(adapted[0][name], tensor)
 
 
-@pytest.mark.parametrize("use", ["text-cnn", "text-transformer", "seq2seq"])
+@pytest.mark.parametrize("use", ["text-cnn", "text-lstm", "text-transformer", "seq2seq"])
 def test_models_of_texts_refuse_other_tasks(use: str) -> None:
     with pytest.raises(ConfigError, match=r"the model needs texts.* the tasks give inputs of shape \(1, 28, 28\)"):
         MODELS[use]((1, 28, 28), 5, None)

@@ -16,7 +16,7 @@ from distmeta.models.conv import Conv4
 from distmeta.models.policy import MLPPolicy
 from distmeta.models.pretrained import PretrainedEncoder
 from distmeta.models.resnet import ResNet12
-from distmeta.models.text import TextCNN, TextTransformer
+from distmeta.models.text import TextCNN, TextLSTM, TextTransformer
 from distmeta.models.translation import Seq2Seq
 
 
@@ -49,6 +49,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet12": ResNet12,
     "seq2seq": Seq2Seq,
     "text-cnn": TextCNN,
+    "text-lstm": TextLSTM,
     "text-transformer": TextTransformer,
 }
 """The models that a configuration can name; ``hf:`` stands before the name of a pretrained one."""

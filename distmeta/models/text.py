@@ -140,6 +140,71 @@ class TextCNN(Classifier):
         return self.classify(torch.cat(maxima, -1))
 
 
+class LSTM(nn.Module):
+    """A long short-term memory (Hochreiter and Schmidhuber, 1997; forget gates by Gers et al., 2000), read both ways.
+
+    For each direction, with gates (i, f, g, o) = W x_t + U h_{t−1} + b and ⊙ the product of each number:
+
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g),   h_t = σ(o) ⊙ tanh(c_t)
+
+    There is one bias, where torch.nn.LSTM has two that are added. It is not that layer itself, which ``vmap`` does not
+    know and which has no second derivatives on a GPU: each step is plain operations, on both directions together.
+    """
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        bound = units**-0.5
+        self.weight_x, self.weight_h, self.bias = (
+            nn.Parameter(torch.empty(2, *shape).uniform_(-bound, bound))
+            for shape in ((width, 4 * units), (units, 4 * units), (1, 4 * units))
+        )
+
+    def forward(self, x_BLW: Tensor, there_BL: Tensor) -> Tensor:
+        """The states h of both directions at each position: (B, L, 2 × units). Padding leaves a state as it is, and
+        so the direction from right to left starts where the text ends."""
+        both = lambda x: torch.stack((x, x.flip(1)))  # noqa: E731
+        inputs_2BLG = both(x_BLW) @ self.weight_x[:, None] + self.bias[:, None]
+        there_2BL1 = both(there_BL)[..., None]
+        h = c = inputs_2BLG.new_zeros(*inputs_2BLG.shape[:2], self.weight_h.shape[1])
+        states: list[Tensor] = []
+        for t in range(x_BLW.shape[1]):
+            i, f, g, o = (inputs_2BLG[:, :, t] + h @ self.weight_h).chunk(4, -1)
+            c_t = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            c = torch.where(there_2BL1[:, :, t], c_t, c)
+            h = torch.where(there_2BL1[:, :, t], o.sigmoid() * c_t.tanh(), h)
+            states.append(h)
+        forward_BLU, backward_BLU = torch.stack(states, 2)
+        return torch.cat((forward_BLU, backward_BLU.flip(1)), -1)
+
+
+class TextLSTM(Classifier):
+    """A bidirectional LSTM over the tokens' vectors and the maximum of each of its units over the text (Conneau et al.,
+    "InferSent", EMNLP 2017)."""
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        outputs: int,
+        vocabulary: int | None,
+        width: Annotated[int, "length of a token's vector"] = 64,
+        units: Annotated[int, "units of each direction"] = 64,
+        feature_norm: FeatureNorm = 4.0,
+    ) -> None:
+        super().__init__()
+        at_least("model.units", units, 1)
+        self.embedding = embedding(input_shape, vocabulary, width)
+        self.lstm = LSTM(width, units)
+        self.finish(2 * units, outputs, feature_norm)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Logits (B, outputs)."""
+        there_BL = tokens_BL >= 0
+        states_BLU = self.lstm(self.embedding(tokens_BL.clamp(min=0)), there_BL)
+        # a state is between -1 and 1, so that this one is never the greatest
+        maxima_BU = torch.where(there_BL[..., None], states_BLU, states_BLU.new_tensor(-2.0)).amax(1)
+        return self.classify(maxima_BU)
+
+
 class TextTransformer(Classifier):
     """A small transformer encoder; features are the mean over the text. With ``layers: 0`` a bag of words."""
 
