@@ -20,7 +20,7 @@ def stream(*name: int | str) -> np.random.Generator:
     """The random stream called ``name``, for example ``stream(seed, "train", outer_step, index)``."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in name)
     key = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(_Key(key)))
+    return np.random.Generator(np.random.Philox(_Key(key)))  # pyright: ignore[reportArgumentType]
 
 
 def torch_seed(*name: int | str) -> int:
