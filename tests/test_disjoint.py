@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_no_test_class_is_ever_trained_on(name: str, request: pytest.FixtureRequ
     whole, starts = tasks.dataset, tasks.dataset.starts
     watched = whole.examples.view(Watched)
     watched.rows = []
-    tasks.dataset = whole._replace(examples=watched)
+    tasks.dataset = dataclasses.replace(whole, examples=watched)
     owner: dict[str, str] = {}  # the split that each class, by its name, has been seen in
 
     @settings(max_examples=60)
