@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from distmeta.errors import DataError, StorageError
+from distmeta.tasks import files
 from distmeta.tasks.files import download
 from distmeta.tasks.glyphs import Glyphs
 from distmeta.tasks.pictures import character_pixels, folder_of_classes, folder_of_images
@@ -155,16 +156,18 @@ CONTENT = b"all of it" * 1000
 
 
 class Files(BaseHTTPRequestHandler):
-    """Serves CONTENT at /whole, breaks off at /half, and has nothing else."""
+    """Serves CONTENT at /whole, breaks off at /half, at /pieces goes on where it is asked to, and has nothing else."""
 
     def do_GET(self) -> None:
-        if self.path not in ("/whole", "/half"):
+        if self.path not in ("/whole", "/half", "/pieces"):
             self.send_error(404)
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        asked = self.headers.get("Range") if self.path == "/pieces" else None
+        rest = CONTENT[int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0 :]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        self.wfile.write(CONTENT if self.path == "/whole" else CONTENT[:1000])
+        self.wfile.write(rest[: {"/whole": None, "/half": 1000, "/pieces": 2500}[self.path]])
 
     def log_message(self, format: str, *args: object) -> None:
         """Keeps the tests' output clean."""
@@ -187,6 +190,15 @@ def test_download(server: str, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "file.zip"
     download(f"{server}/whole", target, MD5)
     assert target.read_bytes() == CONTENT and list(target.parent.iterdir()) == [target]
+
+
+def test_a_download_goes_on_where_it_broke_off(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    download(f"{server}/pieces", tmp_path / "file.zip", MD5)
+    assert (tmp_path / "file.zip").read_bytes() == CONTENT
+    monkeypatch.setattr(files, "_CONNECTIONS", 2)
+    with pytest.raises(DataError, match="broke off after 5000 of 9000 bytes"):
+        download(f"{server}/pieces", tmp_path / "other.zip", MD5)
+    assert not (tmp_path / "other.zip").exists()
 
 
 @pytest.mark.parametrize(
