@@ -185,6 +185,27 @@ def test_heads_must_divide_the_width() -> None:
         TextTransformer((7,), 5, 30, width=10)
 
 
+def test_one_step_of_a_head_of_zeros_is_the_nearest_neighbour() -> None:
+    """From one example of a class, of features of one length: what ANIL has to beat, and starts from."""
+    model, tasks, _ = models()["bag"]
+    nn.init.zeros_(model.classifier.weight)
+    nn.init.zeros_(model.classifier.bias)
+    two, query = tasks.sample(np.random.default_rng(0), "train")
+    task = Episode(tuple(x[::2] for x in two), query)
+    anil, prototypes = (
+        problem.algorithm.adapt(split(problem.layout.unpack(theta)), task, problem.loss)
+        for problem, theta in (
+            problem_of(algorithm, model, tasks)
+            for algorithm in (MAML(inner_lr=3.0, adapted_params=("classifier.*",)), ProtoMAML(inner_steps=0))
+        )
+    )
+    loss = problem_of(ProtoMAML(inner_steps=0), model, tasks)[0].loss
+    one, other = (loss.predict(params, query[0]) for params in (anil, prototypes))
+    assert torch.equal(one.argsort(-1), other.argsort(-1)), "the same order of the classes"
+    differences = [logits - logits.mean(-1, keepdim=True) for logits in (one, other)]
+    assert relative_error(differences[0] * 2 * WAYS / 3.0, differences[1]) < 1e-12
+
+
 # pretrained encoders
 
 
