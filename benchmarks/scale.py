@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--nodes", type=int, default=0)
     parser.add_argument("--tree", type=int, default=0)
-    parser.add_argument("--store", type=float, default=8.0)
+    parser.add_argument("--store", type=float, default=7.0)
     given = parser.parse_args()
     most, store = max(given.workers), int(given.store * 1e9)
     pools.Worker = Sleeper
