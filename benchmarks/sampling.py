@@ -2,11 +2,13 @@
 
     python benchmarks/sampling.py [--seconds 60] [--copies 10]
 
-Three ways to step the same robot arm (Meta-World's reach-v3, episodes of 500 steps, resets included) through the same
+Four ways to step the same robot arm (Meta-World's reach-v3, episodes of 500 steps, resets included) through the same
 actions, since steps differ in what they cost, in turns in one run, one thread each. A second is one of processor time,
 which other work on the machine hardly changes:
 
 - bare: ``env.step`` with the actions that distmeta's policy took, in a loop over the copies, and nothing else;
+- bare with cold caches: the same, and 4 MiB of anything read between the time steps, as whoever asks a policy there
+  drives the simulator out of the processor's caches;
 - Meta-World's own vector environment (gymnasium's SyncVectorEnv with Meta-World's wrappers), with these actions;
 - distmeta: sampling with a policy of two layers of 64, recording, baseline and advantages included.
 
@@ -32,8 +34,9 @@ from distmeta.tasks.metaworld import Goal, MetaWorld
 HORIZON = 500
 
 
-def bare(tasks: MetaWorld, goal: Goal, actions_TEA: np.ndarray) -> Callable[[], None]:
-    """Steps each copy through an episode."""
+def bare(tasks: MetaWorld, goal: Goal, actions_TEA: np.ndarray, between: int = 0) -> Callable[[], None]:
+    """Steps each copy through an episode, and reads ``between`` bytes after each time step."""
+    others = np.zeros(between, np.uint8)
     envs = [tasks.make(goal.environment) for _ in actions_TEA[0]]
     for env in envs:
         tasks.apply(env, goal)
@@ -44,6 +47,7 @@ def bare(tasks: MetaWorld, goal: Goal, actions_TEA: np.ndarray) -> Callable[[], 
         for action_EA in actions_TEA:
             for env, action in zip(envs, action_EA, strict=True):
                 env.step(action)
+            others[::64].sum()  # a byte of each line of a cache
 
     return episode
 
@@ -76,6 +80,7 @@ def main() -> None:
     actions_TEA = task.query(params).action_ETA.transpose(0, 1).numpy().clip(-1, 1)
     ways: dict[str, Callable[[], object]] = {
         "bare env.step": bare(tasks, task.goal, actions_TEA),
+        "bare, cold caches": bare(tasks, task.goal, actions_TEA, between=1 << 22),
         "Meta-World's vector": vector(task.goal, actions_TEA),
         "distmeta": lambda: task.query(params),
     }

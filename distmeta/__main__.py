@@ -6,8 +6,8 @@ import sys
 
 def main() -> None:
     """Runs the command line; from its first moment, Ctrl-C or a preemption notice ends it in one line, with 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         from distmeta.cli import app
 
         app()
