@@ -210,7 +210,7 @@ class ControlTask:
         decisions: list[tuple[Tensor, Tensor, Tensor]] = []
         outcomes: list[Outcome] = []
         valid: list[NDArray[np.bool_]] = []
-        # All that can wait until the end is done there: here it would keep the simulator out of the processor's caches.
+        # All that can wait until the end is done there, for all steps at once.
         for t in range(self.horizon):
             start = time.perf_counter()
             seen = torch.from_numpy(observation).to(device, dtype)
