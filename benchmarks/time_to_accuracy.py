@@ -39,8 +39,8 @@ def by_hand(name: str) -> Iterator[tuple[float, float]]:
     assert isinstance(algorithm, distmeta.MAML)
     assert config.train.meta_batch_size
     network = TorchConv4(problem.loss.module, pooled=False)  # pyright: ignore[reportArgumentType]
-    theta = dict(network.named_parameters())
-    optimizer = torch.optim.Adam(theta.values(), lr=config.outer.lr)
+    theta: dict[str, torch.Tensor] = dict(network.named_parameters())
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.outer.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.train.steps)
     step, size = 0, config.train.meta_batch_size
     while True:
@@ -70,13 +70,13 @@ def main(arguments: argparse.Namespace) -> None:
     ours, theirs = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
         for block in range(1, arguments.blocks + 1):
-            until = f"train.steps={block * arguments.steps}"
+            done, until = block * arguments.steps, f"train.steps={block * arguments.steps}"
             if block == 1:
                 settings = [f"scaling.num_workers={cores}", "validation.every=0", "evaluation.tasks=0"]
                 settings += ["train.log_every=10", f"outer.schedule={{use: CosineAnnealingLR, T_max: {steps}}}"]
                 run = distmeta.train(arguments.config, *settings, until, f"run_dir={folder}/run")
             else:
-                run = distmeta.resume(run.path, until)
+                run = distmeta.resume(f"{folder}/run", until)
             lines = [r for r in run.records() if r["kind"] == "train"][-arguments.steps // 10 :]
             ours += [
                 sum(r["seconds"][part] for part in ("map", "reduce", "outer", "checkpoint")) / r["steps"] for r in lines
@@ -84,10 +84,8 @@ def main(arguments: argparse.Namespace) -> None:
             seconds, right = zip(*(next(loop) for _ in range(arguments.steps)), strict=True)
             theirs += seconds
             reached = statistics.mean(r["accuracy"] for r in lines)
-            print(
-                f"steps {(block - 1) * arguments.steps + 1}-{block * arguments.steps}: training accuracy by hand "
-                f"{statistics.mean(right):.1%}, distmeta {reached:.1%}"
-            )
+            hand = statistics.mean(right)
+            print(f"to step {done}: training accuracy of the block by hand {hand:.1%}, distmeta {reached:.1%}")
     hand, mine = statistics.median(theirs), statistics.median(ours)
     print(f"{cores} cores: {1000 * hand:.0f} ms a step by hand, {1000 * mine:.0f} ms distmeta: {hand / mine:.2f} times")
     for target in arguments.targets:
@@ -95,9 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
         if done is None:
             print(f"{target:.1%}: never reached in {arguments.curve}")
         else:
-            print(
-                f"{target:.1%} of validation tasks after {done:,} steps: {done * hand:,.0f} s by hand, {done * mine:,.0f} s"
-            )
+            print(f"{target:.1%} after {done:,} steps: {done * hand:,.0f} s by hand, {done * mine:,.0f} s distmeta")
 
 
 def parse() -> argparse.Namespace:
