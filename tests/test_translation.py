@@ -244,7 +244,10 @@ def test_command_line_from_training_to_translations(corpus: Path, tmp_path: Path
     for query, message in (
         ("long.txt", "long.txt, line 2 has 21 bytes, more than tasks.length = 12"),
         ("nowhere.txt", "there is no file nowhere.txt"),
-        ("recipe.yaml", "recipe.yaml is neither a .tsv nor a .jsonl file of pairs, nor a .txt file of sentences"),
+        (
+            "recipe.yaml",
+            "recipe.yaml is neither a .tsv, .jsonl, .po nor .mo file of pairs, nor a .txt file of sentences",
+        ),
     ):
         done = cli("adapt", "run", "--support", "support.tsv", "--query", query, "--out", "bad")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

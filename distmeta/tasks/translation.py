@@ -21,6 +21,7 @@ from torch import Tensor
 from distmeta.core.pretrained import MISSING
 from distmeta.core.types import Batch, Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError
+from distmeta.tasks import catalogues
 from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.datasets import DataTasks
 from distmeta.tasks.own import Predict, Predictions
@@ -196,8 +197,7 @@ class FewShotTranslation(DataTasks):
         return scores(decode(greedy(predict, query[0])), decode(query[-1]))
 
     def own_task(self, support: Path, query: Path) -> OwnPairs:
-        """From a TSV file with a sentence and its translation on each line, or JSON lines with ``source`` and
-        ``target``; the query may be that too, or a .txt file with a sentence on each line."""
+        """From a file as `ParallelText` reads them; the query may also be a .txt file with a sentence on each line."""
         known = [self._fitting(pair) for pair in pairs_of(support)]
         asked = [
             self._fitting(pair)
@@ -241,15 +241,19 @@ class OwnPairs:
 
 @dataclass(eq=False, kw_only=True)
 class ParallelText(FewShotTranslation):
-    """Pairs of sentences of your own: a folder with one .tsv or .jsonl file for each language (or domain).
+    """Pairs of sentences of your own: a folder with a file for each language (or domain).
 
-    A line of a TSV file is a sentence, a tab and its translation; a JSON line has ``source`` and ``target``. The name
-    of a file, without its ending, is that of its language.
+    A line of a ``.tsv`` file is a sentence, a tab and its translation; a line of a ``.jsonl`` file has ``source`` and
+    ``target``; a ``.po`` or ``.mo`` file is a catalogue of a program's messages, whose translations are the sources and
+    whose originals, in the language that all share, the targets. The name of a file, without its ending, is that of its
+    language. A folder without such files may have catalogues at any depth as gettext lays them out,
+    ``LANGUAGE/LC_MESSAGES/DOMAIN.mo`` or ``.po``.
     """
 
     path: Annotated[str, "The folder."]
     val: Annotated[tuple[str, ...], "Languages for meta-validation."]
     test: Annotated[tuple[str, ...], "Languages for meta-testing; all that are in neither are for training."]
+    least: Annotated[int, "Pairs of at most tasks.length that a language must have; others are left out."] = 0
 
     name: ClassVar[str] = "parallel"
 
@@ -257,24 +261,34 @@ class ParallelText(FewShotTranslation):
         """As the settings say."""
         return {"val": self.val, "test": self.test}
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> dict[str, list[Path]]:
+        """The files of each language."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             raise DataError(f"tasks.path: there is no folder {folder}")
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".tsv", ".jsonl"))
+        files: dict[str, list[Path]] = {}
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in (".tsv", ".jsonl", *catalogues.SUFFIXES):
+                files.setdefault(file.stem, []).append(file)
+        files = files or catalogues.by_language(folder)
         if not files:
-            raise DataError(f"{folder} holds no .tsv or .jsonl files")
+            raise DataError(
+                f"{folder} holds no .tsv, .jsonl, .po or .mo files, and no catalogues in LANGUAGE/LC_MESSAGES"
+            )
         return files
 
     def source_key(self) -> str:
         """Names, sizes and times of the files."""
-        lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in self._files()]
-        return "\n".join([*lines, f"{self.length} {self.new_targets}"])
+        files = [file for own in self._files().values() for file in own]
+        lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        return "\n".join([*lines, f"{self.length} {self.new_targets} {self.least}"])
 
     def read(self) -> Iterator[tuple[str, Iterable[Pair]]]:
-        """The pairs of each file."""
-        for file in self._files():
-            yield file.stem, pairs_of(file)
+        """The pairs of each language."""
+        for language, files in self._files().items():
+            pairs = [pair for file in files for pair in pairs_of(file)]
+            if sum(max(len(text.encode()) for text in pair[:2]) <= self.length for pair in pairs) >= self.least:
+                yield language, pairs
 
 
 def encode(sentences: Iterable[str], length: int) -> NDArray[np.int32]:
@@ -332,7 +346,7 @@ def scores(translations: list[str], references: list[str]) -> dict[str, float]:
 
 
 def pairs_of(path: Path, *, optional: bool = False) -> Iterator[Pair]:
-    """The pairs of a TSV or JSON lines file; with ``optional`` the translation may be missing (empty).
+    """The pairs of a TSV or JSON lines file or a catalogue; with ``optional`` the translation may be missing (empty).
 
     Raises:
         DataError: The file cannot be read, or a line is none, which is named.
@@ -342,9 +356,12 @@ def pairs_of(path: Path, *, optional: bool = False) -> Iterator[Pair]:
         for place, (source, target) in rows(path, needed, more):
             yield Pair(source or "", target or "", place)
         return
+    if path.suffix.lower() in catalogues.SUFFIXES:
+        yield from (Pair(*message) for message in catalogues.messages(path))
+        return
     if path.suffix.lower() != ".tsv":
         more = ", nor a .txt file of sentences" if optional else ""
-        raise DataError(f"{path} is neither a .tsv nor a .jsonl file of pairs{more}")
+        raise DataError(f"{path} is neither a .tsv, .jsonl, .po nor .mo file of pairs{more}")
     for number, line in enumerate(read_text(path).split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip():
