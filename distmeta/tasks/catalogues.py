@@ -28,35 +28,26 @@ def messages(path: Path) -> Iterator[Message]:
     What is fuzzy or obsolete, has no translation, or is translated by itself, is left out.
 
     Raises:
-        ConfigError: Babel, which reads the files, is not installed.
+        ConfigError: polib, which reads the files, is not installed.
         DataError: The file cannot be read, or is no catalogue.
     """
     try:
-        from babel.messages.mofile import read_mo
-        from babel.messages.pofile import PoFileError, read_po
+        import polib
     except ImportError as error:
-        raise ConfigError(f"catalogues of messages are read by the library Babel; {MISSING}") from error
+        raise ConfigError(f"catalogues of messages are read by the library polib; {MISSING}") from error
+    if not path.is_file():  # polib would take the path for the text of a catalogue
+        raise DataError(f"there is no file {path}")
     try:
-        with path.open("rb") as file:
-            if path.suffix.lower() == ".mo":
-                catalogue = read_mo(file)
-            else:
-                catalogue = read_po(file, ignore_obsolete=True, abort_invalid=True)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
-    except (OSError, struct.error, ValueError, PoFileError) as error:  # a wrong encoding is a ValueError
+        catalogue = polib.mofile(str(path)) if path.suffix.lower() == ".mo" else polib.pofile(str(path))
+    except (OSError, struct.error, ValueError) as error:  # a wrong encoding is a ValueError
         raise DataError(f"{path} cannot be read as a catalogue of messages: {one_line(error)}") from error
-    for message in catalogue:
-        if not message.id or message.fuzzy:  # the message without a text is the catalogue's own header
-            continue
-        place = f"{path}, line {message.lineno}" if message.lineno else str(path)
-        originals, translations = (
-            list(part) if isinstance(part, list | tuple) else [part] for part in (message.id, message.string)
-        )
-        if len(originals) > 1:  # the last form is of many; languages with a single one use it for one thing, too
-            translations = translations[:1] * (len(translations) > 1) + translations[-1:]
-            originals = originals[-len(translations) :]
-        for original, translation in zip(originals, translations, strict=True):
+    for entry in catalogue.translated_entries():
+        pairs = [(entry.msgid, entry.msgstr)]
+        if entry.msgid_plural:  # the last form is of many; languages with a single one use it for one thing, too
+            forms = [entry.msgstr_plural[number] for number in sorted(entry.msgstr_plural)]
+            pairs = [(entry.msgid, forms[0])] * (len(forms) > 1) + [(entry.msgid_plural, form) for form in forms[-1:]]
+        place = f"{path}, line {entry.linenum}" if isinstance(entry, polib.POEntry) else str(path)
+        for original, translation in pairs:
             if original and translation and translation != original:
                 yield Message(translation, original, place)
 
