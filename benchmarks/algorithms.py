@@ -38,6 +38,7 @@ STEPS_5 = ["algorithm.inner_lr=0.1", "algorithm.inner_steps=5", "algorithm.test_
 VARIANTS: dict[str, tuple[str, list[str], list[str]]] = {
     # the packaged configuration's last word, changes for any number of ways, and for 20
     "maml": ("maml", [], STEPS_5),
+    "maml-0.4": ("maml", [], ["algorithm.inner_lr=0.4", *STEPS_5[1:]]),  # the rate of 5 ways, for 20
     "fomaml": ("maml", ["algorithm.first_order=true"], STEPS_5),
     "anil": ("anil", [], STEPS_5),
     "boil": ("boil", [], STEPS_5[:2]),
