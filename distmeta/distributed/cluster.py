@@ -22,7 +22,7 @@ log = logging.getLogger("distmeta")
 
 INLINE = 4 * 2**20
 """Bytes of a result up to which a cluster started here sends it in the answer itself and not by the object store, which
-takes 1.3 ms longer for half a megabyte: as much time as a task of a small network."""
+takes about a millisecond longer for half a megabyte (docs/results.md): a tenth of what a small task computes."""
 
 
 def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
