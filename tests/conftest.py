@@ -14,6 +14,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from commands import TINY
+
+import distmeta
+from distmeta import RunFolder
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background: commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,6 +101,12 @@ def ray_cluster(_own_folders: None) -> Iterator[None]:
     yield
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def trained(_own_folders: None, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A small run on glyphs, for tests that change nothing of it."""
+    return distmeta.train(None, *TINY, f"run_dir={tmp_path_factory.mktemp('runs') / 'glyphs'}")
 
 
 @pytest.fixture(scope="session")

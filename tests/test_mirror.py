@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from simulated.stores import SETTINGS, STORES, cli, reach, weights
+from commands import cli
+from simulated.stores import SETTINGS, STORES, reach, weights
 
 import distmeta
 from distmeta import RunFolder, checkpoint, mirror

@@ -11,10 +11,11 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from commands import cli
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from problems import Blobs
-from simulated.stores import S3, SETTINGS, STORES, Cable, cli, impatient, reach, weights
+from simulated.stores import S3, SETTINGS, STORES, Cable, impatient, reach, weights
 
 import distmeta
 from distmeta import RunFolder, checkpoint, mirror, stores

@@ -6,12 +6,12 @@ import csv
 import json
 import logging
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -351,9 +351,7 @@ def test_same_bits_on_any_layout(model: str, algorithm: dict, things: Path, tmp_
 
 
 def test_command_line_from_training_to_predictions(things: Path, tmp_path: Path) -> None:
-    def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "distmeta", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    cli = partial(commands.cli, cwd=tmp_path)
 
     (tmp_path / "recipe.yaml").write_text(
         json.dumps(recipe(things, "text-cnn", {"use": "protomaml", "inner_steps": 1}))

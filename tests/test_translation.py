@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import sacrebleu
@@ -205,9 +205,7 @@ def test_same_bits_on_any_layout(corpus: Path, tmp_path: Path, ray_cluster: None
 
 
 def test_command_line_from_training_to_translations(corpus: Path, tmp_path: Path) -> None:
-    def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "distmeta", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    cli = partial(commands.cli, cwd=tmp_path)
 
     algorithm = {"use": "joint", "inner_lr": 0.003, "inner_steps": 10, "batch_size": None}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(corpus, algorithm)))

@@ -47,13 +47,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``distmeta`` with ``arguments``."""
-    here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment
-    command = [sys.executable, "-m", "distmeta", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=here)
-
-
 def weights(run: RunFolder, step: int) -> bytes:
     return (checkpoint.path_of(run.checkpoints, step) / "meta.safetensors").read_bytes()
 
