@@ -21,7 +21,7 @@ msgstr ""
 
 #: models.py:7
 msgid "Save and continue"
-msgstr "Speichern und "
+msgstr "Speichern und \n"
 "weiter"
 
 msgctxt "month"
@@ -129,3 +129,13 @@ def test_catalogues_as_gettext_lays_them_out(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.tsv, \.jsonl, \.po or \.mo files, and no catalogues in LANGUAGE/"):
         ParallelText(**(settings | {"path": str(tmp_path / "empty")})).prepare()
+
+
+def test_a_catalogue_is_adapted_to_without_its_long_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "de.po").write_text(GERMAN, encoding="utf-8")
+    tasks = ParallelText(path=str(tmp_path), val=(), test=(), length=18)
+    own = tasks.own_task(tmp_path / "de.po", compiled(GERMAN, tmp_path / "de.mo"))
+    assert decode(own.support[2]) == ["May", "%(count)d file", "%(count)d files"]
+    assert sorted(own.sources) == ["%(count)d Datei", "%(count)d Dateien", "Mai"]
+    assert own.references is not None and sorted(own.references) == sorted(decode(own.support[2]))
+    assert "de.po: 1 of 4 messages are left out, which are longer than tasks.length = 18 bytes" in caplog.text

@@ -25,7 +25,8 @@ class Message(NamedTuple):
 def messages(path: Path) -> Iterator[Message]:
     """The translated messages of a ``.po`` or ``.mo`` file, and of those with plural forms the singular and the plural.
 
-    What is fuzzy or obsolete, has no translation, or is translated by itself, is left out.
+    What is fuzzy or obsolete, has no translation, or is translated by itself, is left out. White space, by which
+    messages are laid out, is given as single spaces.
 
     Raises:
         ConfigError: polib, which reads the files, is not installed.
@@ -47,7 +48,8 @@ def messages(path: Path) -> Iterator[Message]:
             forms = [entry.msgstr_plural[number] for number in sorted(entry.msgstr_plural)]
             pairs = [(entry.msgid, forms[0])] * (len(forms) > 1) + [(entry.msgid_plural, form) for form in forms[-1:]]
         place = f"{path}, line {entry.linenum}" if isinstance(entry, polib.POEntry) else str(path)
-        for original, translation in pairs:
+        for pair in pairs:
+            original, translation = (" ".join(text.split()) for text in pair)
             if original and translation and translation != original:
                 yield Message(translation, original, place)
 

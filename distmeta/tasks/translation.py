@@ -198,11 +198,10 @@ class FewShotTranslation(DataTasks):
 
     def own_task(self, support: Path, query: Path) -> OwnPairs:
         """From a file as `ParallelText` reads them; the query may also be a .txt file with a sentence on each line."""
-        known = [self._fitting(pair) for pair in pairs_of(support)]
-        asked = [
-            self._fitting(pair)
-            for pair in (_lines(query) if query.suffix.lower() == ".txt" else pairs_of(query, optional=True))
-        ]
+        known = self._fitting(support, pairs_of(support))
+        asked = self._fitting(
+            query, _lines(query) if query.suffix.lower() == ".txt" else pairs_of(query, optional=True)
+        )
         for path, read in ((support, known), (query, asked)):
             if not read:
                 raise DataError(f"{path} holds no sentences")
@@ -211,11 +210,18 @@ class FewShotTranslation(DataTasks):
         sources = [pair.source for pair in asked]
         return OwnPairs(batch_of(examples), sources, encode(sources, self.length), truth if all(truth) else None)
 
-    def _fitting(self, pair: Pair) -> Pair:
-        for text in pair[:2]:
-            if len(text.encode()) > self.length:
-                raise DataError(f"{pair.place} has {len(text.encode())} bytes, more than tasks.length = {self.length}")
-        return pair
+    def _fitting(self, path: Path, pairs: Iterable[Pair]) -> list[Pair]:
+        """Those of at most ``length`` bytes; of a catalogue, which nobody shortens for this, others are left out."""
+        read = list(pairs)
+        longest = [max(len(text.encode()) for text in pair[:2]) for pair in read]
+        long = [index for index, size in enumerate(longest) if size > self.length]
+        if long and path.suffix.lower() not in catalogues.SUFFIXES:
+            at = long[0]
+            raise DataError(f"{read[at].place} has {longest[at]} bytes, more than tasks.length = {self.length}")
+        if long:
+            log.warning("%s: %d of %d messages are left out, which are longer than tasks.length = %d bytes",
+                        path, len(long), len(read), self.length)  # fmt: skip
+        return [pair for pair, size in zip(read, longest, strict=True) if size <= self.length]
 
 
 @dataclass
