@@ -12,14 +12,16 @@ Sides, each in a process of its own, which take turns with one meta-batch each:
 - ours-1: distmeta in one process, one thread;
 - ours: distmeta with a worker of one thread for each core.
 
+``--device cuda`` puts all sides on a GPU, where ours has one worker; give it ``--strategy compiled --shard-size 32``.
+
 With ``--threads 1`` loop, higher and torchopt have one thread as well: processor time, which hardly depends on what
 else the machine does, is what to compare then.
 
 Before anything is timed, the mean meta-gradients of the first meta-batch are compared (they agree to 5%: single
 precision through two derivatives; the tests compare in double). Printed are the median of tasks a second, the ratio to
 the first side in the same round (median, least and greatest), the processor time of a task, and the memory that the
-side's process took at its peak (for ``ours`` these two are of the driver alone). A side whose library is not installed
-is left out.
+side's process took at its peak, with ``--device cuda`` that of the GPU (for ``ours`` these two are of the driver
+alone). A side whose library is not installed is left out.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from distmeta.config import Scaling
 from distmeta.core.loss import ModuleLoss, cross_entropy, mse
 from distmeta.core.params import Layout, join
 from distmeta.distributed.executor import InProcess, reduce_mean
-from distmeta.distributed.work import Problem, Shard, shards_of
+from distmeta.distributed.work import Problem, Shard, shards_of, to_device
 from distmeta.models import MLP, Conv4
 
 
@@ -87,12 +89,13 @@ class Tasks:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
+        self.inputs = np.random.default_rng(0).random((500, *workload.shape), dtype=np.float32)
 
     def sample(self, rng: np.random.Generator, split: str) -> Episode:  # noqa: ARG002
         w = self.workload
         sets = []
         for each in (w.shots, w.queries):
-            x = torch.from_numpy(rng.random((max(w.ways, 1) * each, *w.shape), dtype=np.float32))
+            x = torch.from_numpy(self.inputs[rng.integers(len(self.inputs), size=max(w.ways, 1) * each)])
             sets.append((x, torch.arange(w.ways).repeat_interleave(each) if w.ways else torch.sin(4 * x)))
         return Episode(*sets)
 
@@ -113,7 +116,7 @@ class TorchConv4(nn.Module):
         return self.classifier(features.mean((2, 3)) if self.mean else features.flatten(1))
 
 
-def make(workload: Workload) -> tuple[Problem, np.ndarray, nn.Module]:
+def make(workload: Workload, device: str) -> tuple[Problem, np.ndarray, nn.Module]:
     """Our problem, its initial parameters, and the network of torch's own layers with the same parameters."""
     torch.manual_seed(0)
     network: nn.Module
@@ -126,7 +129,8 @@ def make(workload: Workload) -> tuple[Problem, np.ndarray, nn.Module]:
     loss = ModuleLoss(network, cross_entropy if workload.ways else mse)
     start = join(algorithm.init(loss.init()))
     layout = Layout.of(start)
-    problem = Problem(algorithm, loss, Tasks(workload), layout, seed=0, strategy=workload.strategy)  # pyright: ignore
+    tasks, strategy = Tasks(workload), workload.strategy
+    problem = Problem(algorithm, loss, tasks, layout, seed=0, strategy=strategy, device=device)  # pyright: ignore
     return problem, layout.pack(start), theirs
 
 
@@ -228,9 +232,9 @@ THEIRS = {"loop": loop, "higher": by_higher, "torchopt": by_torchopt, "jax": by_
 
 
 @contextmanager
-def ours(workload: Workload, workers: int, tasks: int) -> Iterator[Callable[[int], np.ndarray]]:
+def ours(workload: Workload, workers: int, tasks: int, device: str) -> Iterator[Callable[[int], np.ndarray]]:
     """From the number of an outer step to its mean meta-gradient."""
-    problem, vector, _ = make(workload)
+    problem, vector, _ = make(workload, device)
 
     def shards(step: int) -> list[Shard]:
         return shards_of("train", step, tasks, workload.shard_size)
@@ -243,14 +247,14 @@ def ours(workload: Workload, workers: int, tasks: int) -> Iterator[Callable[[int
         from distmeta.distributed.ray import RayPool
 
         cloudpickle.register_pickle_by_value(sys.modules[Tasks.__module__])  # workers do not know this script
-        executor = RayPool(problem, Scaling(num_workers=workers), len(shards(0)))
+        executor = RayPool(problem, Scaling(num_workers=workers, use_gpu=device == "cuda"), len(shards(0)))
     with executor as at_work:
         yield lambda step: reduce_mean(at_work.map("meta_gradient", vector, shards(step), shards(step + 1)))
 
 
-def child(pipe: Any, side: str, name: str, tasks: int, threads: int | None) -> None:
+def child(pipe: Any, side: str, workload: Workload, tasks: int, threads: int | None, device: str) -> None:
     """One side: answers step numbers with (seconds, processor seconds, mean meta-gradient), None with its peak MiB."""
-    workload = WORKLOADS[name]
+    torch.backends.cudnn.allow_tf32 = False  # all sides in single precision
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -259,34 +263,42 @@ def child(pipe: Any, side: str, name: str, tasks: int, threads: int | None) -> N
             start, processor = time.perf_counter(), time.process_time()
             gradient = run(step)
             pipe.send((time.perf_counter() - start, time.process_time() - processor, gradient))
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send(torch.cuda.max_memory_reserved() / 2**20 if device == "cuda" else host / 1024)
 
     if side.startswith("ours"):
-        with ours(workload, 0 if side == "ours-1" else os.cpu_count() or 1, tasks) as run:
+        many = os.cpu_count() or 1 if device == "cpu" else torch.cuda.device_count()
+        with ours(workload, 0 if side == "ours-1" else many, tasks, device) as run:
             return serve(run)
-    problem, _, network = make(workload)
+    problem, _, network = make(workload, device)
     order = dict(zip(problem.loss.init(), problem.loss.module.parameters(), strict=True))
     place = {id(p): i for i, p in enumerate(network.parameters())}  # taken apart, layers list parameters in turn
 
+    network.to(device)
+
     def run(step: int) -> np.ndarray:
-        episodes: Any = problem.build(Shard("train", step, 0, tasks))
+        episodes: Any = [to_device(task, device) for task in problem.build(Shard("train", step, 0, tasks))]
         gradient = THEIRS[side](workload, network, episodes)
         parts = [gradient[place[id(p)]].detach().reshape(-1) for p in order.values()]
-        return torch.cat(parts).numpy() / tasks
+        return torch.cat(parts).cpu().numpy() / tasks
 
     serve(run)
 
 
-def measure(name: str, sides: list[str], rounds: int, tasks: int, threads: int | None) -> None:
-    if WORKLOADS[name].ways:
+def measure(
+    name: str, workload: Workload, sides: list[str], rounds: int, tasks: int, threads: int | None, device: str
+) -> None:
+    if workload.ways or device != "cpu":
         sides = [side for side in sides if side != "jax"]
-    if WORKLOADS[name].first_order:  # which torchopt's differentiable optimizers do not offer
+    if workload.first_order:  # which torchopt's differentiable optimizers do not offer
         sides = [side for side in sides if side != "torchopt"]
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Any] = {}
     for side in sides:
         pipes[side], other = context.Pipe()
-        context.Process(target=child, args=(other, side, name, tasks, threads), daemon=side != "ours").start()
+        context.Process(
+            target=child, args=(other, side, workload, tasks, threads, device), daemon=side != "ours"
+        ).start()
 
     def turn(side: str, step: int) -> tuple[float, float, np.ndarray]:
         pipes[side].send(step)
@@ -321,6 +333,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tasks", type=int, default=32, help="tasks of a meta-batch")
     parser.add_argument("--threads", type=int, help="threads of the sides that are not ours; default: all cores")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--strategy", choices=("loop", "vmap", "compiled"), help="of ours; default: the workload's")
+    parser.add_argument("--shard-size", type=int, help="tasks of ours that are vectorised; default: the workload's")
     parser.add_argument("--sides", nargs="+", default=[*THEIRS, "ours-1", "ours"])
     arguments = parser.parse_args()
     for name in arguments.workloads:
@@ -330,13 +345,17 @@ def main() -> None:
         side for side in arguments.sides if side not in ("higher", "torchopt", "jax") or importlib.util.find_spec(side)
     ]
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
+    if arguments.device == "cuda":
+        print(torch.cuda.get_device_name())
     print(
         "| workload | side | tasks/s | ratio to the first side | processor ms a task | MiB at most |\n"
         + "|---" * 6
         + "|"
     )
+    own = {key: getattr(arguments, key) for key in ("strategy", "shard_size") if getattr(arguments, key)}
     for name in arguments.workloads:
-        measure(name, installed, arguments.rounds, arguments.tasks, arguments.threads)
+        workload = WORKLOADS[name]._replace(**own)
+        measure(name, workload, installed, arguments.rounds, arguments.tasks, arguments.threads, arguments.device)
 
 
 if __name__ == "__main__":

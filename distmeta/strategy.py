@@ -68,6 +68,11 @@ def settled(experiment: Experiment) -> Experiment:
         strategy = choose(experiment)
     elif strategy != "loop":
         check_vectorised(experiment, strategy)
+    elif experiment.problem.device == "cuda":
+        log.info(
+            "train.strategy: loop computes one task after the other, which leaves a GPU idle most of the time; try "
+            "compiled, vmap or auto, with dozens of tasks in train.shard_size"
+        )
     train = config.train.model_copy(update={"strategy": strategy})
     config = config.model_copy(update={"train": train})
     return replace(experiment, config=config, problem=replace(experiment.problem, strategy=strategy))

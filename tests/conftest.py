@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -92,11 +93,13 @@ def omniglot_lists() -> Path:
 def ray_cluster(_own_folders: None) -> Iterator[None]:
     """One local Ray cluster for the whole session; pools that find it running join it."""
     import ray
+    import torch
     from ray.cluster_utils import Cluster
 
     # Another Ray on this machine, such as that of a command, waits for seconds where the usual port is taken.
-    head = {"num_cpus": 4, "include_dashboard": False, "dashboard_agent_listen_port": 0}
-    cluster = Cluster(initialize_head=True, head_node_args=head | {"object_store_memory": 2**30})
+    head: dict[str, Any] = {"num_cpus": 4, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+    head |= {"object_store_memory": 2**30, "num_gpus": torch.cuda.device_count()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, logging_level="warning", namespace="distmeta")
     yield
     ray.shutdown()

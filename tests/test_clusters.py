@@ -13,25 +13,17 @@ from pathlib import Path
 from threading import Thread
 
 import boto3
-import numpy as np
 import pytest
-import torch
 import yaml
 from moto import mock_aws
-from problems import Blobs, problem_of
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from simulated.hosts import Hosts, missing
 
-from distmeta import MAML
 from distmeta.config import Scaling
 from distmeta.distributed.cluster import connect
-from distmeta.distributed.executor import InProcess, reduce_mean
-from distmeta.distributed.ray import RayPool
-from distmeta.distributed.work import shards_of
 from distmeta.errors import ResourceError
-from distmeta.models import MLP
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -111,20 +103,6 @@ def test_each_worker_sees_the_gpu_that_it_was_given(nodes: Nodes) -> None:
     assert sorted(halves) == [["b", "0"], ["b", "0"], ["b", "1"], ["b", "1"]]
     assert found["automatic"] == 7, "one for each GPU of the cluster"
     assert "4 workers need 20 CPU, 4 GPU; the cluster has 24 CPU, 7 GPU and holds 3 of them" in found["refused"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_share_a_real_gpu(workers: int, ray_cluster: None) -> None:
-    """One worker has it to itself, two have a half each; either way the bits are those of this process on it."""
-    problem, theta = problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Blobs(), device="cuda")
-    shards = shards_of("train", 0, 8, 2)
-    alone = reduce_mean(InProcess(problem).map("meta_gradient", theta, shards))
-    scaling = Scaling(num_workers=workers, use_gpu=True, gpus_per_worker=1 / workers)
-    with RayPool(problem, scaling, most=4) as pool:
-        pool._wait_for(workers)
-        assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards)), alone)
-        assert all(s.hardware.startswith(torch.cuda.get_device_name()) for s in pool._workers.values())
 
 
 def test_workers_go_where_they_are_wanted(nodes: Nodes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch._inductor import config as inductor
 import distmeta
 from distmeta import MAML, RunFolder
 from distmeta.distributed import compiled
+from distmeta.distributed.compiled import AtOnce
 from distmeta.distributed.work import Problem, Shard
 from distmeta.errors import ConfigError
 
@@ -84,6 +86,14 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"one program for each form .* more than 0: set train\.strategy=vmap"):
         given.run("meta_gradient", theta, SHARD)
     monkeypatch.setattr(compiled, "MOST", 1)
-    monkeypatch.setattr(compiled, "TOLERANCE", -1.0)
+
+    def wrong(function: AtOnce, **options: Any) -> AtOnce:
+        def program(*arguments: Any) -> Any:
+            gradient, metrics = function(*arguments)
+            return {name: 1.01 * tensor for name, tensor in gradient.items()}, metrics
+
+        return program
+
+    monkeypatch.setattr(torch, "compile", wrong)
     with pytest.raises(ConfigError, match=r"another meta-gradient than vmap does .*set train\.strategy=vmap"):
         given.run("meta_gradient", theta, SHARD)

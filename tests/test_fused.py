@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from distmeta.models import fused
+from distmeta.models import batched, fused
 
 Layers = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,11 +25,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def layers(stride: int, window: int) -> tuple[Layers, Layers]:
+def layers(stride: int, window: int, module: ModuleType = fused) -> tuple[Layers, Layers]:
     """Convolution, batch-norm, ReLU and pooling: ours, and torch's."""
 
     def ours(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return fused.norm_relu_pool(fused.conv2d(x, weight, stride, 1), gamma, beta, 1e-5, window)
+        return module.norm_relu_pool(module.conv2d(x, weight, stride, 1), gamma, beta, 1e-5, window)
 
     def theirs(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         y = F.batch_norm(F.conv2d(x, weight, stride=stride, padding=1), None, None, gamma, beta, True)
@@ -46,10 +47,11 @@ def inputs(dtype: torch.dtype, images: int = 3, channels: int = 2) -> tuple[Tens
     return tuple(tensor.to(dtype).requires_grad_() for tensor in tensors)
 
 
+@pytest.mark.parametrize("module", [fused, batched])
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_derivatives_are_those_of_finite_differences(stride: int, window: int) -> None:
-    ours, theirs = layers(stride, window)
+def test_derivatives_are_those_of_finite_differences(stride: int, window: int, module: ModuleType) -> None:
+    ours, theirs = layers(stride, window, module)
     tensors = inputs(torch.float64)
     torch.testing.assert_close(ours(*tensors), theirs(*tensors), rtol=1e-12, atol=1e-12)
     assert gradcheck(ours, tensors)
@@ -77,6 +79,25 @@ def test_function_transforms_get_torchs_own() -> None:
     tensors = tuple(t.detach() for t in inputs(torch.float64))
     gradients = [torch.func.grad(lambda *t, f=f: f(*t).square().sum(), (0, 1, 2, 3))(*tensors) for f in (ours, theirs)]
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("stride, window", [(1, 2), (2, 1)])
+def test_tasks_at_once_are_those_one_by_one(stride: int, window: int) -> None:
+    """Meta-gradients through an inner step, of images with even regions, where windows have several maxima."""
+    ours, theirs = layers(stride, window, batched)
+    _, *params = (t.detach() for t in inputs(torch.float64))
+    x = torch.randn((4, 2, 5, 2, 9, 8), dtype=torch.float64).round().clamp(0, 1)  # tasks, sets, images
+
+    def adapted_loss(function: Layers, params: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        inner = torch.func.grad(lambda params: function(x[0], *params).pow(3).sum())(params)
+        return function(x[1], *(p - 1e-3 * g for p, g in zip(params, inner, strict=True))).square().sum()
+
+    def meta_gradient(function: Layers, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(lambda params: adapted_loss(function, params, x))(tuple(params))
+
+    at_once = torch.vmap(lambda x: meta_gradient(ours, x))(x)
+    for tensor, *others in zip(at_once, *(meta_gradient(theirs, task) for task in x), strict=True):
+        torch.testing.assert_close(tensor, torch.stack(others), rtol=1e-10, atol=1e-10)
 
 
 def test_third_derivatives_are_refused() -> None:

@@ -17,7 +17,7 @@ from distmeta import MAML, RunFolder
 from distmeta.config import load
 from distmeta.errors import ConfigError, WorkerError
 from distmeta.experiment import assemble
-from distmeta.strategy import choose
+from distmeta.strategy import choose, settled
 from distmeta.tune.files import load_search
 
 SETTINGS = [
@@ -143,6 +143,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     trials.write_text("a file where the folder should be")
     assert train(tmp_path / "run", "auto").config().train.strategy in ("loop", "vmap")
     assert "the trial of strategies is not kept: " in caplog.text
+
+
+def test_a_gpu_wants_more_than_a_loop(caplog: pytest.LogCaptureFixture) -> None:
+    def told(strategy: str, *settings: str) -> list[str]:
+        caplog.clear()
+        settled(assemble(load("glyphs-5way-1shot-maml", [*SETTINGS, f"train.strategy={strategy}", *settings])))
+        return caplog.messages
+
+    (line,) = told("loop", "scaling.use_gpu=true")
+    assert "leaves a GPU idle" in line and "train.shard_size" in line
+    assert not told("loop") and not told("vmap", "scaling.use_gpu=true")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a driver without a GPU")

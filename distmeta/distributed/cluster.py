@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray._private.state import state as gcs
 from ray.exceptions import AuthenticationError
 
@@ -48,8 +49,10 @@ def connect(scaling: Scaling, log_to_driver: bool = True) -> None:
             # A worker per core is the rule; who asks for more on one machine gets them, sharing the cores.
             wanted = 0 if scaling.num_workers == "auto" else scaling.num_workers * scaling.cpus_per_worker
             cores = int(np.ceil(wanted)) if wanted > len(os.sched_getaffinity(0)) else None
+            gpus = torch.cuda.device_count() if scaling.use_gpu else None  # Ray misses those whose NVML it cannot find
+            local: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "include_dashboard": False}
             inline = {"max_direct_call_object_size": INLINE}
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, _system_config=inline, **quiet)
+            ray.init(address="local", _system_config=inline, **local, **quiet)
     except SystemExit:  # the handlers of SIGTERM that ray.init sets end so, with codes of their own
         raise KeyboardInterrupt from None
     except (ConnectionError, AuthenticationError, ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distmeta.core.algorithm import Bilevel
 from distmeta.core.gradients import function_transforms
@@ -173,8 +174,10 @@ def vectorise(problem: Problem, meta: MetaParams, tasks: list[Task], step: int) 
 def _at_once(problem: Problem, meta: MetaParams, tasks: list[Episode], step: int) -> MetaGradient:
     """The meta-gradients of tasks of one form, vectorised."""
     loss = problem.loss_of(tasks[0])
+    params = join(meta)
+    device = next(iter(params.values())).device
     support, query = (
-        tuple(torch.stack(column) for column in zip(*sets, strict=True))
+        tuple(_stack(column, device) for column in zip(*sets, strict=True))
         for sets in ([task.support_set for task in tasks], [task.query_set for task in tasks])
     )
 
@@ -187,13 +190,21 @@ def _at_once(problem: Problem, meta: MetaParams, tasks: list[Episode], step: int
         with function_transforms():
             return torch.vmap(one, randomness="different")(support, query)
 
-    params, at_once = join(meta), vectorised
+    at_once = vectorised
     if problem.strategy == "compiled":
         key = len(tasks), _form(problem, tasks[0]), problem.algorithm.phase(step), loss.module.training
-        at_once = problem.programs.of(key, at_once, params, support, query)
+        at_once = problem.programs.of(key, vectorised, params, support, query)
     with torch.no_grad():
         gradient, metrics = at_once(params, support, query)
     return MetaGradient(split(gradient), metrics)
+
+
+def _stack(tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    """One tensor of all on ``device``; by page-locked memory, from which a GPU fetches them by itself."""
+    if device.type == "cpu" or tensors[0].device == device:
+        return torch.stack(tensors)
+    together = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, pin_memory=True)
+    return torch.stack(tensors, out=together).to(device, non_blocking=True)
 
 
 def _form(problem: Problem, task: Episode) -> Hashable:
@@ -206,11 +217,12 @@ def _all_sound(problem: Problem, result: MetaGradient) -> Pass | None:
     """The sum over all tasks at once, if nothing is wrong with any of them."""
     summed = {name: tensor.sum(0) for name, tensor in join(result.gradient).items()}
     metrics = {name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()}
-    finite = all(bool(tensor.sum().isfinite()) for tensor in summed.values()) and np.isfinite(metrics["loss"]).all()
+    total = problem.layout.pack(summed)
+    finite = np.isfinite(total.sum()) and np.isfinite(metrics["loss"]).all()
     rows = ({name: float(values[i]) for name, values in metrics.items()} for i in range(len(metrics["loss"])))
     if not finite or any(problem.algorithm.complaint(row) for row in rows):
         return None
-    return Pass(problem.layout.pack(summed), metrics)
+    return Pass(total, metrics)
 
 
 def _one(tensors: Params | Metrics, i: int) -> Params:

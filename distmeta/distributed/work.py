@@ -95,12 +95,14 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
     keep_freed_memory()
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    cudnn: Any = torch.backends.cudnn
+    flags = cudnn.benchmark, cudnn.allow_tf32
     mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.benchmark = False
+        cudnn.benchmark, cudnn.allow_tf32 = False, False
         _set_deterministic(2)
         # Else deterministic mode writes NaN into all new memory, a tenth of the time; no kernel here leaves any unset.
         deterministic.fill_uninitialized_memory = False
@@ -111,7 +113,7 @@ def reproducible(threads: int, seed: int) -> Generator[None]:
         finally:
             torch.set_num_threads(before[0])
             torch.set_float32_matmul_precision(before[1])
-            torch.backends.cudnn.benchmark = before[2]
+            cudnn.benchmark, cudnn.allow_tf32 = flags
             deterministic.fill_uninitialized_memory = fill
             _set_deterministic(mode)
 
@@ -212,7 +214,8 @@ class Problem:
             self.loss.module.to(self.device)
             self.loss.module.train(work == "meta_gradient")
             meta = split(self.layout.unpack(vector, self.device))
-            tasks = [to_device(task, self.device) for task in tasks]
+            if work != "meta_gradient" or self.strategy == "loop":  # else they are moved together
+                tasks = [to_device(task, self.device) for task in tasks]
             done, inductive = Pass(), shard.split == "test"
             if work == "evaluate":
                 done = self._of_each(tasks, shard, stack_metrics, lambda task, _: self._evaluate(meta, task, inductive))

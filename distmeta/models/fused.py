@@ -1,8 +1,8 @@
 """Layers of convolutional networks that are fast to differentiate twice on a CPU.
 
 `conv2d` and `norm_relu_pool` are drop-in functions: the same values as torch's own, up to rounding, whose gradients
-and gradients' gradients are written out instead of left to autograd. On other devices, and under the transforms of
-``torch.func``, they are torch's own.
+and gradients' gradients are written out instead of left to autograd. On a GPU under the transforms of ``torch.func``
+they are those of `distmeta.models.batched`; else, on other devices and under transforms, torch's own.
 
 Both can be differentiated twice, which is what meta-gradients of second order need; a third time is an error.
 """
@@ -18,16 +18,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
 
+from distmeta.models import batched
 
-def plain(x: Tensor) -> bool:
-    """Whether torch's own functions are to be used for ``x``."""
-    transformed: bool = torch._C._are_functorch_transforms_active()  # pyright: ignore  # the test of Function.apply
-    return transformed or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, by the test of Function.apply."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore
+
+
+def _fusable(x: Tensor) -> bool:
+    """Whether the functions written out here are to be used for ``x``."""
+    return not _transformed() and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def conv2d(x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution of ``x`` with square ``weight`` (out, in, k, k), without bias."""
-    if plain(x_BCHW):
+    if not _fusable(x_BCHW):
+        if x_BCHW.is_cuda and _transformed():
+            return batched.conv2d(x_BCHW, weight, stride, padding)
         return F.conv2d(x_BCHW, weight, stride=stride, padding=padding)
     # Channels side by side are what oneDNN and the kernels are fastest with. (Of images with one channel `contiguous`
     # leaves the strides as they are, which do not say so.)
@@ -36,7 +44,9 @@ def conv2d(x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 def norm_relu_pool(y_BCHW: Tensor, weight: Tensor, bias: Tensor, eps: float, window: int) -> Tensor:
     """Batch-norm by the statistics of ``y``, ReLU and max-pooling over windows of window × window (1: none)."""
-    if plain(y_BCHW):
+    if not _fusable(y_BCHW):
+        if y_BCHW.is_cuda and _transformed():
+            return batched.norm_relu_pool(y_BCHW, weight, bias, eps, window)
         out = F.batch_norm(y_BCHW, None, None, weight, bias, training=True, eps=eps)
         return F.relu(F.max_pool2d(out, window) if window > 1 else out)  # pooling first: less is left for the ReLU
     return _NormReLUPool.apply(y_BCHW, weight, bias, eps, window)
