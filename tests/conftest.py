@@ -32,6 +32,20 @@ hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("di
 hypothesis.settings.load_profile("distmeta")
 
 
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("tune_survival", "tune", "documents", "layout", "ray_up", "control", "clusters", "stores", "chaos",
+                 "jobs", "runs", "compiled", "failures")
+]  # fmt: skip
+"""The files that take a minute and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with them, so that of two processes none is left with one of them at the end."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches and data roots of the whole session, in the environment so that worker processes have them too."""
