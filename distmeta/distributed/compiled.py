@@ -82,6 +82,8 @@ class Programs:
                 torch.cuda.current_stream().wait_stream(side)
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     gradient, metrics = program(*held)
+        except torch.OutOfMemoryError:
+            raise  # which has another remedy
         except RuntimeError as error:
             raise ConfigError(
                 "train.strategy: compiled cannot be used here, since the meta-gradient cannot be recorded as a CUDA "
