@@ -218,7 +218,7 @@ def _all_sound(problem: Problem, result: MetaGradient) -> Pass | None:
     summed = {name: tensor.sum(0) for name, tensor in join(result.gradient).items()}
     metrics = {name: tensor.cpu().double().numpy() for name, tensor in result.metrics.items()}
     total = problem.layout.pack(summed)
-    finite = np.isfinite(total.sum()) and np.isfinite(metrics["loss"]).all()
+    finite = bool(torch.from_numpy(total).sum().isfinite()) and np.isfinite(metrics["loss"]).all()
     rows = ({name: float(values[i]) for name, values in metrics.items()} for i in range(len(metrics["loss"])))
     if not finite or any(problem.algorithm.complaint(row) for row in rows):
         return None
