@@ -15,6 +15,7 @@ from torch._inductor import config as inductor
 
 import distmeta
 from distmeta import MAML, RunFolder
+from distmeta.core.types import Batch, Metrics, Params
 from distmeta.distributed import compiled
 from distmeta.distributed.compiled import AtOnce
 from distmeta.distributed.work import Problem, Shard
@@ -97,3 +98,25 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "compile", wrong)
     with pytest.raises(ConfigError, match=r"another meta-gradient than vmap does .*set train\.strategy=vmap"):
         given.run("meta_gradient", theta, SHARD)
+
+
+@pytest.mark.parametrize("factor, sound", [(1.01, True), (9.0, False)])
+def test_a_program_may_differ_by_what_a_last_bit_makes(
+    factor: float, sound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of numbers some last bits above 1, which of them are left after subtracting 1 is no fault of the compiler's."""
+
+    def cancelling(params: Params, support: Batch, query: Batch) -> tuple[Params, Metrics]:
+        return {"w": params["w"] - 1}, {}
+
+    def compiler(function: AtOnce, **options: Any) -> AtOnce:
+        return lambda *given: ({name: factor * tensor for name, tensor in function(*given)[0].items()}, {})
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    params, x = {"w": 1 + 8 * torch.finfo(torch.float32).eps * torch.ones(100)}, (torch.zeros(1),)
+    if sound:
+        program = compiled.Programs().of("key", cancelling, params, x, x)
+        assert torch.equal(program(params, x, x)[0]["w"], factor * (params["w"] - 1))
+        return
+    with pytest.raises(ConfigError, match=r"another meta-gradient than vmap does \(relative difference 8"):
+        compiled.Programs().of("key", cancelling, params, x, x)
