@@ -127,6 +127,14 @@ def trained(_own_folders: None, tmp_path_factory: pytest.TempPathFactory) -> Run
     return distmeta.train(None, *TINY, f"run_dir={tmp_path_factory.mktemp('runs') / 'glyphs'}")
 
 
+@pytest.fixture
+def things(tmp_path: Path) -> Path:
+    """A folder of twelve classes of four pictures."""
+    from images_of_things import fill
+
+    return fill(tmp_path / "things", [f"klaß {n}" for n in range(12)])
+
+
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     """Gives the server for the URLs of a protocol (simulated/stores.py), or skips; each is started once."""

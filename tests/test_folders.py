@@ -1,14 +1,12 @@
-"""Folders of images: odd pictures, broken ones, splits by folders, files and fractions, duplicates, and the way to
-predictions."""
+"""Folders of images: odd pictures, broken ones, duplicates, and the way to predictions."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images_of_things import SIDE, fill, own, picture
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -26,35 +25,7 @@ from distmeta.errors import ConfigError, DataError
 from distmeta.tasks import cache, datasets, folders
 from distmeta.tasks.folders import ImageFolder
 from distmeta.tasks.pictures import photo_pixels
-from distmeta.tasks.splits import SPLITS, by_fractions
-
-SIDE = 16
-
-
-def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
-    """A smooth pattern of the class (tens) with some noise of its own."""
-    rng, (width, height) = np.random.default_rng(seed), size
-    hue = np.random.default_rng(seed // 100).integers(40, 200, 3)
-    noise = rng.integers(0, 40, (height, width, 3))
-    return Image.fromarray((hue + noise).astype(np.uint8))
-
-
-def fill(folder: Path, classes: Sequence[str], images: int = 4, first: int = 0) -> Path:
-    for number, name in enumerate(classes, first):
-        (folder / name).mkdir(parents=True)
-        for k in range(images):
-            picture(100 * number + k).save(folder / name / f"{k}.png")
-    return folder
-
-
-def own(folder: Path, **options: Any) -> ImageFolder:
-    return ImageFolder(**{"path": str(folder), "ways": 2, "queries": 2, "size": SIDE, **options})
-
-
-@pytest.fixture
-def things(tmp_path: Path) -> Path:
-    return fill(tmp_path / "things", [f"klaß {n}" for n in range(12)])
-
+from distmeta.tasks.splits import SPLITS
 
 # pictures
 
@@ -201,118 +172,6 @@ def test_small_classes_are_named_or_left_out(things: Path, caplog: pytest.LogCap
         assert set(more.members[split]) <= set(tasks.members[split])
 
 
-# splits
-
-
-def test_subfolders_are_the_splits(tmp_path: Path) -> None:
-    for number, split in enumerate(("train", "valid", "Test")):
-        fill(tmp_path / "data" / split, [f"{split}{k}" for k in range(3)], first=10 * number)
-    tasks = own(tmp_path / "data")
-    tasks.prepare()
-    assert {split: [tasks.dataset.names[g] for g in tasks.members[split]] for split in SPLITS} == {
-        "train": ["train/train0", "train/train1", "train/train2"],
-        "val": ["val/valid0", "val/valid1", "val/valid2"],
-        "test": ["test/Test0", "test/Test1", "test/Test2"],
-    }
-    fill(tmp_path / "data" / "Test", ["train1"])
-    with pytest.raises(DataError, match=r"the class train1 of .* is both in train and in test: few-shot tasks are of"):
-        own(tmp_path / "data").prepare()
-
-
-def test_a_missing_split_is_named(tmp_path: Path) -> None:
-    fill(tmp_path / "data" / "train", ["a", "b"])
-    fill(tmp_path / "data" / "test", ["c", "d"])
-    with pytest.raises(DataError, match="has no folder val beside test, train: move some classes there"):
-        own(tmp_path / "data").prepare()
-
-
-DIVISION = {"train": ["klaß 0", "klaß 5"], "val": ["klaß 1", "klaß 2"], "test": ["klaß 9", "klaß 3"]}
-
-
-def as_json(folder: Path) -> Path:
-    (folder / "split.json").write_text(json.dumps(DIVISION), "utf-8")
-    return folder / "split.json"
-
-
-def as_class_table(folder: Path) -> Path:
-    lines = [f"{name},{split}" for split, names in DIVISION.items() for name in names]
-    (folder / "split.csv").write_bytes(("\ufeffclass,split\r\n" + "\r\n".join(lines) + "\r\n").encode())
-    return folder / "split.csv"
-
-
-def as_file_table(folder: Path) -> Path:
-    synonym = {"train": "base", "val": "validation", "test": "Novel"}
-    lines = [
-        f'"{k}.png",{name},{synonym[split]}' for split, names in DIVISION.items() for name in names for k in range(4)
-    ]
-    (folder / "files.csv").write_text("filename,label,split\n" + "\n".join(lines), "utf-8")
-    return folder / "files.csv"
-
-
-def as_paths(folder: Path) -> Path:
-    lines = [f"{name}/{k}.png\t{split}" for split, names in DIVISION.items() for name in names for k in range(4)]
-    (folder / "files.tsv").write_text("path\tsplit\n" + "\n".join(lines), "utf-8")
-    return folder / "files.tsv"
-
-
-def as_three_tables(folder: Path) -> Path:
-    (folder / "tables").mkdir()
-    for split, names in DIVISION.items():
-        lines = [f"{k}.png,{name}" for name in names for k in range(4)]
-        (folder / "tables" / f"{split}.csv").write_text("filename,label\n" + "\n".join(lines), "utf-8")
-    return folder / "tables"
-
-
-@pytest.mark.parametrize("write", [as_json, as_class_table, as_file_table, as_paths, as_three_tables])
-def test_split_files(write: Callable[[Path], Path], things: Path, tmp_path: Path) -> None:
-    tasks = own(things, split_file=str(write(tmp_path)))
-    tasks.prepare()
-    found = {split: {tasks.dataset.names[g] for g in tasks.members[split]} for split in SPLITS}
-    assert found == {split: {f"{split}/{name}" for name in names} for split, names in DIVISION.items()}
-    assert len(tasks.dataset.examples) == 24
-
-
-def test_a_split_file_may_give_the_classes_of_files_beside_each_other(tmp_path: Path) -> None:
-    (tmp_path / "flat").mkdir()
-    lines = []
-    for number, split in enumerate(["train", "train", "val", "val", "test", "test"]):
-        for k in range(3):
-            picture(100 * number + k).save(tmp_path / "flat" / f"{number}-{k}.jpg")
-            lines.append(f"{number}-{k}.jpg,{number},{split}")
-    (tmp_path / "flat" / "split.csv").write_text("image,label,split\n" + "\n".join(lines))
-    tasks = own(tmp_path / "flat", split_file=str(tmp_path / "flat" / "split.csv"))
-    tasks.prepare()
-    assert tasks.dataset.names == ("test/4", "test/5", "train/0", "train/1", "val/2", "val/3")
-
-
-def test_a_split_file_may_name_some_of_the_images(things: Path, tmp_path: Path) -> None:
-    path = as_file_table(tmp_path)
-    path.write_text(path.read_text("utf-8").replace('"3.png",klaß 0,base\n', ""), "utf-8")
-    tasks = own(things, split_file=str(path))
-    assert tasks.dataset.counts[tasks.dataset.names.index("train/klaß 0")] == 3
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "class,split\nklaß 0,train\nklaß 0,test\n",
-            r"line 3 has the class 'klaß 0' in test, and a line before has it in",
-        ),
-        ("class,split\nklaß 0,train\nklaß 77,test\n", r"line 3 names the class 'klaß 77', and .* has no folder"),
-        ("class,split\nklaß 0,trian\n", "line 2 has the split 'trian'; splits are called train, val, test"),
-        ("class\nklaß 0\n", r"line 2 has no cell of splits \(split, set"),
-        ("a,b\n1,2\n", "line 2 has neither a cell of files"),
-        ("file,split\nx.png,train\n", "names 'x.png', which is not the name of a class"),
-        ("file,label,split\nx.png,klaß 0,train\n", "1 files that .* names are not in .*things: x.png"),
-    ],
-)
-def test_broken_split_files_are_named(content: str, message: str, things: Path, tmp_path: Path) -> None:
-    (tmp_path / "split.csv").write_text(content, "utf-8")
-    with pytest.raises(DataError, match=message):
-        own(things, split_file=str(tmp_path / "split.csv")).prepare()
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -336,19 +195,6 @@ def test_settings_out_of_range(things: Path) -> None:
         own(things, size=0)
     with pytest.raises(DataError, match=r"tasks.split_file: there is no file or folder .*gone.csv"):
         own(things, split_file=str(things / "gone.csv")).prepare()
-
-
-@given(
-    units=st.lists(st.text(min_size=1), unique=True, max_size=60),
-    shares=st.tuples(*[st.floats(0.05, 0.9)] * 3),
-    seed=st.integers(0, 2**31),
-)
-def test_fractions_never_share_a_class(units: list[str], shares: tuple[float, float, float], seed: int) -> None:
-    total = sum(shares)
-    fractions = (shares[0] / total, shares[1] / total, shares[2] / total)
-    found = by_fractions(units, fractions, seed, "any")
-    assert sum(map(len, found.values())) == len(set().union(*found.values())) == len(units)
-    assert found == by_fractions(units, fractions, seed, "any")
 
 
 @settings(max_examples=25)
