@@ -23,10 +23,10 @@ from distmeta.core.policy import PolicyLoss
 from distmeta.core.scope import SCORES, Scope
 from distmeta.core.seeds import stream
 from distmeta.core.types import Batch, Episode, OpenSet, Params, TaskDistribution
-from distmeta.distributed.work import Problem, Shard, reproducible
+from distmeta.distributed.work import Problem, Shard, named, reproducible
 from distmeta.errors import ConfigError, RunError
 from distmeta.evaluation import Evaluation, evaluate_scope, evaluate_tasks
-from distmeta.experiment import Experiment, MetaAlgorithm, assemble, build_part, complete
+from distmeta.experiment import Experiment, MetaAlgorithm, assemble, build_part, complete, of_ways, widened
 from distmeta.outer import check_constants, check_same
 from distmeta.runs import RunFolder, storage_errors
 from distmeta.tasks.control import ControlTask
@@ -61,16 +61,18 @@ class Adapted:
 
 
 def restore(run: RunFolder, experiment: Experiment, which: str) -> Params:
-    """The meta-parameters of a checkpoint under their joined names.
+    """The meta-parameters of a checkpoint under their joined names, for as many classes as the experiment is.
 
     Raises:
         CheckpointError: It is missing or damaged, or does not fit the experiment's model.
     """
     saved = run.checkpoint(which)
-    layout = experiment.problem.layout
-    check_same(saved.params, dict(zip(layout.names, layout.shapes, strict=True)))
+    layout, head, params = experiment.problem.layout, experiment.problem.algorithm.task_head, saved.params
+    if head is not None:
+        params = widened(params, head, len(experiment.initial[f"model.{head}.weight"]))
+    check_same(params, dict(zip(layout.names, layout.shapes, strict=True)))
     check_constants(saved.state["constants"], experiment.problem)
-    return saved.params
+    return params
 
 
 def adapt(
@@ -87,7 +89,8 @@ def adapt(
 
     Args:
         run: A run, or its folder.
-        support: Inputs and, last, targets of the new task.
+        support: Inputs and, last, targets of the new task; classes are numbered from 0, and may be more than in
+            training where the algorithm makes the head from the support set (protomaml, r2d2).
         checkpoint: ``best`` by validation, ``last``, or a step.
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
 
@@ -96,18 +99,19 @@ def adapt(
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
     experiment = assemble(run.config(), model=model, loss=loss, tasks=tasks, algorithm=algorithm, prepare=False)
-    return _adapt(experiment, restore(run, experiment, checkpoint), support)
+    return _adapt(run, experiment, checkpoint, support, "the support set has")
 
 
-def _adapt(experiment: Experiment, params: Params, support: Batch) -> Adapted:
-    problem = experiment.problem
-    meta = split(params)
+def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Batch, whose: str) -> Adapted:
+    if experiment.outputs is not None:
+        experiment = of_ways(experiment, 1 + int(support[-1].max()) if support[-1].numel() else 0, whose)
+    problem, params = experiment.problem, restore(run, experiment, checkpoint)
     module = copy.deepcopy(problem.loss.module).eval()
     problem.loss.module.eval()
     task = Episode(support, support)
     loss = problem.loss_of(task)
-    with reproducible(problem.threads, 0):
-        adapted = problem.algorithm.adapt(meta, task, loss)
+    with reproducible(problem.threads, 0), named("adapting to the support set"):
+        adapted = problem.algorithm.adapt(split(params), task, loss)
     module.load_state_dict(adapted, strict=False)
     return Adapted(module, support[:-1], getattr(loss, "classes", None))
 
@@ -204,7 +208,7 @@ def adapt_files(
     own = tasks.own_task(support, query)
     if scope is not None:
         own = _within(own, scope, run)
-    adapted = _adapt(experiment, restore(run, experiment, checkpoint), own.support)
+    adapted = _adapt(run, experiment, checkpoint, own.support, f"{support} holds")
     predictions = own.predictions(adapted.predict)
     text = io.StringIO()
     writer = csv.writer(text)

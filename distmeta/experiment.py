@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmeta.algorithms import ALGORITHMS, MetaAlgorithm
 from distmeta.components import Component, build, find, options_of
@@ -47,6 +48,8 @@ class Experiment:
     problem: Problem
     initial: Params
     """The initial meta-parameters under their joined names."""
+    outputs: int | None
+    """How many classes the model tells apart; None: unknown, or it is no classifier."""
 
 
 def complete(config: Config) -> Config:
@@ -113,8 +116,8 @@ def assemble(
 ) -> Experiment:
     """Builds what ``config`` names; an object that is given takes the place of its section.
 
-    ``outputs`` are those of a classifier that was trained on other tasks, of as many classes or fewer. Without
-    ``prepare`` the data are not read, downloaded or checked: no task can be sampled.
+    ``outputs`` are those of a classifier that was trained on other tasks. Without ``prepare`` the data are not read,
+    downloaded or checked: no task can be sampled.
 
     Raises:
         ConfigError: A part is unknown, refuses its options or does not fit the others.
@@ -130,7 +133,11 @@ def assemble(
         raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
     if prepare and callable(getattr(tasks, "prepare", None)):
         cast(Any, tasks).prepare()
-    spec = _of_outputs(getattr(tasks, "spec", None), outputs)
+    spec: TaskSpec | None = getattr(tasks, "spec", None)
+    ways = None  # of the tasks, where they are others than those of training
+    if spec is not None and spec.loss == "cross_entropy" and outputs not in (None, spec.outputs):
+        ways = spec.outputs
+        spec = spec._replace(outputs=outputs, variable_ways=spec.variable_ways or ways < outputs)
     chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
     if config.train.strategy == "compiled":
         check_phases(chosen, config.train.steps)
@@ -154,7 +161,50 @@ def assemble(
         metric=None if spec is None else spec.metric,
         variable_ways=spec is not None and spec.variable_ways,
     )
-    return Experiment(config, problem, initial)
+    classes = None if spec is None or spec.loss != "cross_entropy" else spec.outputs
+    experiment = Experiment(config, problem, initial, classes)
+    return experiment if ways is None else of_ways(experiment, ways, "each task has")
+
+
+def of_ways(experiment: Experiment, ways: int, whose: str) -> Experiment:
+    """The experiment for tasks of ``ways`` classes, which may be more than the model has outputs for.
+
+    Args:
+        experiment: One of classification.
+        ways: How many classes.
+        whose: The beginning of the message: what has so many.
+
+    Raises:
+        ConfigError: They are more, and the algorithm does not make the head from each support set.
+    """
+    problem, head = experiment.problem, experiment.problem.algorithm.task_head
+    outputs = experiment.outputs if head is None else len(experiment.initial[f"model.{head}.weight"])
+    if outputs is None or ways <= outputs:
+        return experiment
+    if head is None:
+        raise ConfigError(
+            f"{whose} {ways} classes; this run tells {outputs} apart: take fewer, or train with tasks.ways={ways}, "
+            "or by an algorithm that takes any number, since it makes the head from the support set (protomaml, r2d2)"
+        )
+    assert isinstance(problem.loss, ModuleLoss)
+    module = copy.deepcopy(problem.loss.module)
+    layer = cast(nn.Linear, module.get_submodule(head))
+    for name in ("weight", "bias"):
+        setattr(layer, name, nn.Parameter(_of_rows(getattr(layer, name).detach(), ways)))
+    layer.out_features = ways
+    initial = widened(experiment.initial, head, ways)
+    problem = replace(problem, loss=ModuleLoss(module, problem.loss.criterion), layout=Layout.of(initial))
+    return replace(experiment, problem=problem, initial=initial)
+
+
+def widened(params: Params, head: str, ways: int) -> Params:
+    """The meta-parameters with ``ways`` outputs of a head that tasks make themselves; further ones are 0."""
+    names = (f"model.{head}.weight", f"model.{head}.bias")
+    return params | {name: _of_rows(params[name], ways) for name in names if name in params}
+
+
+def _of_rows(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(max(0, rows - len(tensor)), *tensor.shape[1:])])
 
 
 def build_part(config: Config, section: str, **given: Any) -> Any:
@@ -176,18 +226,6 @@ def _build(key: str, component: Component, section: str, given: Mapping[str, Any
                 built[name] = _build(f"{key}.of.{name}", part, section, given)
         options |= {"of": built, "each": None}
     return build(key, target, options, **given)
-
-
-def _of_outputs(spec: TaskSpec | None, outputs: int | None) -> TaskSpec | None:
-    """What the tasks need of a model that has so many outputs."""
-    if spec is None or outputs in (None, spec.outputs) or spec.loss != "cross_entropy":
-        return spec
-    if outputs < spec.outputs:
-        raise ConfigError(
-            f"the model was trained to tell {outputs} classes apart, fewer than the {spec.outputs} of a task: lower "
-            "tasks.ways"
-        )
-    return spec._replace(outputs=outputs, variable_ways=True)
 
 
 def _is_plain(value: object) -> bool:

@@ -181,10 +181,6 @@ def test_a_run_on_mixed_ways_is_evaluated_on_fixed_ones(mixed: RunFolder) -> Non
     evaluate = lambda *more: invoke("evaluate", mixed.path, "--episodes", 4, "scaling.num_workers=0", *more)  # noqa: E731
     figures = json.loads(evaluate("--json", "tasks.ways=3", "tasks.shots=2").removeprefix("exit 0\n"))
     assert figures["tasks"] == 4 and "groups" not in figures
-    assert (
-        "exit 2" in (said := evaluate("tasks.ways=21"))
-        and "trained to tell 20 classes apart, fewer than the 21" in said
-    )
     # a task with fewer classes than the model has outputs for: predictions are of its own
     x, y = Glyphs(ways=3).sample(stream(1), "test").support_set
     assert distmeta.adapt(mixed, (x, y)).predict(x).shape == (3, 3)

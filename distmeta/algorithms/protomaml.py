@@ -43,6 +43,11 @@ class ProtoMAML(MAML):
         check_head(params, self.head)
         return super().init(params)
 
+    @property
+    def task_head(self) -> str:
+        """`head`."""
+        return self.head
+
     def inner_loop(
         self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
     ) -> Iterator[InnerStep]:

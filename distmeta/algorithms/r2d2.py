@@ -49,6 +49,11 @@ class R2D2(Bilevel):
         starts = {"log_ridge": log(self.ridge), "scale": self.scale, "bias": 0.0}
         return MetaParams(params, {name: torch.full((1,), value, dtype=like.dtype) for name, value in starts.items()})
 
+    @property
+    def task_head(self) -> str:
+        """`head`."""
+        return self.head
+
     def inner_loop(
         self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int | None = None
     ) -> Iterator[InnerStep]:

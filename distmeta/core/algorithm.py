@@ -43,6 +43,12 @@ class MetaAlgorithm(ABC):
         The driver descends the *mean* of these over the meta-batch.
         """
 
+    @property
+    def task_head(self) -> str | None:
+        """The model's last layer, where each task makes its own from the support set: of as many outputs as it has
+        classes, however many the model has. None: theta has the head, and its outputs."""
+        return None
+
     def phase(self, step: int) -> Hashable:
         """What of the outer step a meta-gradient depends on: in steps of one phase it is the same function."""
         return None

@@ -125,7 +125,7 @@ class FewShotImages(FewShotClasses):
         names, x, y = folder_of_classes(support, self.read_image)
         pictures = folder_of_images(query, self.read_image)
         files = [str(path.relative_to(query)) for path in pictures.paths]
-        return OwnClasses(names, (x, y), "file", files, pictures.x, pictures.labels).check(support, self.most_ways)
+        return OwnClasses(names, (x, y), "file", files, pictures.x, pictures.labels)
 
     def read_image(self, path: Path) -> Tensor:
         """A user's own picture, prepared as the images of the data set (grey ones: characters, colour: photographs):

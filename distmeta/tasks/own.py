@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from distmeta.core.scope import Scope, score_of
 from distmeta.core.types import Batch
-from distmeta.errors import DataError
 
 OUT_OF_SCOPE = "out of scope"
 """What stands for the class of a query that belongs to none."""
@@ -74,15 +73,6 @@ class OwnClasses:
     """The true class of each query, where it is known."""
     scope: Scope | None = None
     """Where the scope of the classes ends; None: every query is of one of them."""
-
-    def check(self, source: Path, ways: int) -> Self:
-        """Raises `DataError` unless the classes are no more than the model has outputs for."""
-        if len(self.classes) > ways:
-            raise DataError(
-                f"{source} holds {len(self.classes)} classes; this run tells {ways} apart: leave some out, or train "
-                f"with tasks.ways={len(self.classes)}"
-            )
-        return self
 
     def predictions(self, predict: Predict) -> Predictions:
         """For each query its class, the probability of the likeliest and of every class; and the accuracy.

@@ -170,7 +170,7 @@ class FewShotText(FewShotClasses):
             [text.text for text in asked],
             self._encode(asked),
             labels if len(labels) == len(asked) else None,
-        ).check(support, self.most_ways)
+        )
 
     def _encode(self, read: Sequence[Text]) -> Tensor:
         return self.inputs(table(self.tokens([text.text for text in read], self.length), self.length))
