@@ -106,7 +106,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, folder: Path, step: int, checkpoint: Checkpoint, keep_last: int, best: int | None) -> None:
+    def save(self, folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> None:
         """Copies ``checkpoint``, and begins to write it and then to `prune` what is older.
 
         Raises:
@@ -118,7 +118,7 @@ class Writer:
             for part in (checkpoint.params, checkpoint.tensors)
         )
         kept = Checkpoint(params, tensors, copy.deepcopy(checkpoint.state))
-        self._writing = self._thread.submit(_save_and_prune, folder, step, kept, keep_last, best)
+        self._writing = self._thread.submit(_save_and_prune, folder, step, kept, keep_last)
 
     def check(self) -> None:
         """Raises the `StorageError` of a checkpoint that could not be written, if there is one; waits for none."""
@@ -149,9 +149,29 @@ class Writer:
             self._thread.shutdown()
 
 
-def _save_and_prune(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int, best: int | None) -> None:
+def _save_and_prune(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> None:
     save(folder, step, checkpoint)
-    prune(folder, keep_last, best)
+    prune(folder, keep_last)
+
+
+def amend(folder: Path, step: int, changes: dict[str, Any]) -> None:
+    """Replaces parts of a checkpoint's plain data.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+        StorageError: It could not be written, and is as it was.
+    """
+    path = path_of(folder, step)
+    content = json.dumps(load(path).state | changes, sort_keys=True, allow_nan=True)
+    record = json.loads((path / "state.json").read_text())
+    record |= {"content": content, "sha256": record["sha256"] | {"content": _sha256(content.encode())}}
+    temporary = path / ".writing-state.json"
+    try:
+        write_durably(temporary, json.dumps(record, indent=1).encode())
+        temporary.replace(path / "state.json")
+        sync_folder(path)
+    except OSError as error:
+        raise StorageError(f"checkpoint {path} could not be written ({error.strerror or error})") from error
 
 
 def load(path: Path) -> Checkpoint:
@@ -194,11 +214,23 @@ def newest_whole(folder: Path, before: int) -> int | None:
     return None
 
 
-def prune(folder: Path, keep_last: int, best: int | None) -> None:
-    """Removes all but the ``keep_last`` newest checkpoints and that of step ``best``."""
-    for step in steps(folder)[:-keep_last]:
-        if step != best:
+def prune(folder: Path, keep_last: int) -> None:
+    """Removes all but the ``keep_last`` newest checkpoints, and those that were the best when one of them was saved."""
+    found = steps(folder)
+    newest = found[-keep_last:]
+    best = {_best_of(path_of(folder, step)) for step in newest}
+    for step in found:
+        if step not in best and step not in newest:
             remove(folder, step)
+
+
+def _best_of(path: Path) -> int | None:
+    """The step that validation had found best when the checkpoint was saved."""
+    try:
+        best = json.loads(json.loads((path / "state.json").read_text())["content"])["best"]
+        return None if best is None else int(best["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged, which whoever goes back to it is told
 
 
 def remove(folder: Path, step: int) -> None:
@@ -209,6 +241,8 @@ def remove(folder: Path, step: int) -> None:
     """
     doomed = folder / f".removing-{path_of(folder, step).name}"
     try:
+        if doomed.exists():  # of a process that was killed here
+            shutil.rmtree(doomed)
         path_of(folder, step).rename(doomed)
         shutil.rmtree(doomed)
     except OSError as error:

@@ -48,7 +48,9 @@ class Outer(Section):
     lr: float = Field(
         1e-3, gt=0, allow_inf_nan=False, description="outer (meta) learning rate; Reptile's epsilon with use: SGD"
     )
-    weight_decay: float = Field(0.0, ge=0, description="the optimizer's weight decay")
+    weight_decay: float | None = Field(
+        None, ge=0, description="the optimizer's weight decay; null: its own, 0 for most, 0.01 for AdamW"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
     clip_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of the mean meta-gradient")
     schedule: Component | None = Field(
@@ -93,7 +95,7 @@ class Validation(Section):
     """Evaluation on meta-validation tasks during training, always the same ones."""
 
     every: int = Field(200, ge=0, description="outer steps between validations; 0: never")
-    tasks: int = Field(100, ge=1, description="tasks of each validation")
+    tasks: int = Field(100, ge=2, description="tasks of each validation, at least 2 for there to be an interval")
 
 
 class Evaluation(Section):
@@ -102,6 +104,12 @@ class Evaluation(Section):
     tasks: int = Field(600, ge=0, description="unseen test tasks; 0: none after training")
     shard_size: int = Field(10, ge=1, description="tasks of a shard")
     baselines: bool = Field(True, description="print the untrained model and nearest neighbours beside it")
+
+    @model_validator(mode="after")
+    def _interval(self) -> Evaluation:
+        if self.tasks == 1:
+            raise ConfigError("evaluation.tasks must be at least 2, for there to be an interval, or 0; given: 1")
+        return self
 
 
 class Checkpoint(Section):

@@ -63,6 +63,11 @@ class MetricsLog:
         self._rows.append(dict(metrics))
         self._seconds.append(dict(seconds))
 
+    def spent(self, part: str, seconds: float) -> None:
+        """Counts ``seconds`` to a part of the outer step that was taken in last, if its line has not been written."""
+        if self._seconds:
+            self._seconds[-1][part] = seconds
+
     def group(self, name: str, metrics: Mapping[str, np.ndarray]) -> None:
         """Takes in the metrics of the tasks of one group of an outer step."""
         kept = self._groups.setdefault(name, {})

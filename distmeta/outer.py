@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ class OuterLoop:
     """
 
     def __init__(self, config: Outer, params: Params, layout: Layout) -> None:
-        self.layout = layout
+        self.layout, self._settings = layout, config.model_dump(mode="json")
         self.clip_norm, self.passes, self.trust_region = config.clip_norm, config.passes, config.trust_region
         self.params = {name: torch.nn.Parameter(tensor.detach().cpu().clone()) for name, tensor in params.items()}
         self.optimizer = _optimizer(config, list(self.params.values()))
@@ -100,12 +102,6 @@ class OuterLoop:
             raise NumericalError(f"the meta-parameters after step {self.step} are not finite; lower outer.lr")
         return norm
 
-    def set_lr(self, lr: float) -> None:
-        """Changes the learning rate of all updates to come; a schedule would not know of it."""
-        assert self.schedule is None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
     def sound(self) -> bool:
         """Whether all meta-parameters are finite, so that this state is worth keeping."""
         return bool(np.isfinite(self.vector()).all())
@@ -123,6 +119,7 @@ class OuterLoop:
             "step": self.step,
             "optimizer": {"state": plain, "param_groups": packed["param_groups"]},
             "schedule": schedule,
+            "settings": self._settings,
         }
 
     def _copy(self) -> tuple[Params, dict[str, Tensor], dict[str, Any]]:
@@ -130,22 +127,14 @@ class OuterLoop:
         tensors, plain = copy.deepcopy(self.state())
         return {name: parameter.detach().clone() for name, parameter in self.params.items()}, tensors, plain
 
-    def restore(
-        self,
-        params: Params,
-        tensors: dict[str, Tensor],
-        plain: dict[str, Any],
-        *,
-        settings: bool = True,
-        moments: bool = True,
-    ) -> None:
+    def restore(self, params: Params, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Goes back to a saved state.
+
+        If it was saved with other settings, rates and schedule are those of the settings at hand, as if these had been
+        in force from the start; another optimizer, or other options of it, forgets past gradients too.
 
         Args:
             params, tensors, plain: What was saved.
-            settings: Take the optimizer's rates and the schedule's state from it too. Otherwise they are the
-                configuration's, as if it had been in force from the start.
-            moments: Take what the optimizer remembers of past gradients from it; otherwise it begins anew.
 
         Raises:
             CheckpointError: The saved parameters are not those of this model, or what was saved is no state of this
@@ -155,18 +144,23 @@ class OuterLoop:
         state: dict[int, dict[str, Any]] = {}
         try:
             step, saved = int(plain["step"]), plain["optimizer"]
+            before = plain.get("settings", self._settings)  # checkpoints of earlier code lack them
+            moments = all(before[key] == self._settings[key] for key in ("use", "options"))
             for name, value in {**tensors, **saved["state"]}.items() if moments else ():
                 index, _, key = name.partition(".")
                 state.setdefault(int(index), {})[key] = value
-            if self.schedule is not None and settings:
-                self.schedule.load_state_dict(plain["schedule"])
+            if self.schedule is not None and before == self._settings:
+                self.schedule.load_state_dict(with_keys_of(self.schedule.state_dict(), plain["schedule"]))
             elif self.schedule is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's, of a schedule that is ahead of its optimizer
                     for _ in range(step):
                         self.schedule.step()
-            groups = (saved if settings else self.optimizer.state_dict())["param_groups"]
+            groups = (saved if before == self._settings else self.optimizer.state_dict())["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            for index, parameter in enumerate(self.params.values()):  # torch gives all of them the parameter's type
+                kept = {key: value.clone() for key, value in state.get(index, {}).items() if isinstance(value, Tensor)}
+                self.optimizer.state[parameter].update(kept)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint does not fit the outer optimizer or its schedule ({type(error).__name__}: "
@@ -176,6 +170,21 @@ class OuterLoop:
             for name, tensor in params.items():
                 self.params[name].copy_(tensor)
         self.step = step
+
+
+def with_keys_of(own: Any, saved: Any) -> Any:
+    """``saved``, which has been JSON, with the keys of ``own``, a state of the same kind.
+
+    JSON has made strings of numbers, as of the milestones of MultiStepLR.
+    """
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        mine = cast(Mapping[Any, Any], own)
+        keys = {str(key): key for key in mine}
+        found = {keys.get(key, key): with_keys_of(mine.get(keys.get(key, key)), value) for key, value in saved.items()}
+        return Counter(found) if isinstance(own, Counter) else found
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return [with_keys_of(a, b) for a, b in zip(own, saved, strict=True)]
+    return saved
 
 
 def check_same(params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -205,7 +214,7 @@ def _optimizer(config: Outer, params: list[torch.nn.Parameter]) -> torch.optim.O
             raise ConfigError(f"outer.options.{key}: set outer.{key} instead")
     if inspect.signature(target.step).parameters["closure"].default is inspect.Parameter.empty:
         raise ConfigError(f"outer.use: {config.use} evaluates the loss anew at each step; take one that does not")
-    options = {"lr": config.lr} | ({"weight_decay": config.weight_decay} if config.weight_decay else {})
+    options = {"lr": config.lr} | ({} if config.weight_decay is None else {"weight_decay": config.weight_decay})
     return build("outer.options", target, options | config.options, params=params)
 
 

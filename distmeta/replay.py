@@ -17,7 +17,7 @@ from distmeta.distributed.work import Problem, reproducible, shards_of, to_devic
 from distmeta.errors import ConfigError, DistmetaError, one_line
 from distmeta.experiment import MetaAlgorithm, assemble
 from distmeta.outer import OuterLoop
-from distmeta.runs import RunFolder
+from distmeta.runs import RunFolder, describe
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def replay(
         model, loss, tasks, algorithm: The Python objects that the run was started with, if any.
 
     Raises:
-        ConfigError: There is no such step or task.
+        ConfigError: There is no such step or task, or settings have changed since (`distmeta resume --allow`).
         DistmetaError: See `distmeta.errors`.
     """
     run = RunFolder.open(path)
@@ -72,6 +72,12 @@ def replay(
         saved = run.checkpoint(str(before))
         outer.restore(saved.params, saved.tensors, saved.state["outer"])
     begun = outer.step
+    for record in run.records():
+        if record["kind"] == "change" and record["step"] > begun:
+            raise ConfigError(
+                f"--step {step} would be done with other settings than then, since step {record['step']} changed "
+                f"{describe(record['changed'])}: the parameters of step {begun} are the newest before it that are kept"
+            )
     executor = InProcess(problem)
     while outer.step < step:
         theta = outer.vector()

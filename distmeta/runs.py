@@ -256,10 +256,10 @@ class RunFolder:
         with storage_errors(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int, validation: bool = False) -> None:
         """Drops the summary, and the metrics of steps after ``step``, which a resumed run computes again.
 
-        What was changed later has its effect from ``step`` on.
+        With ``validation`` it makes that of ``step`` again. What was changed later has its effect from ``step`` on.
         """
         with storage_errors(self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
@@ -268,7 +268,9 @@ class RunFolder:
                 record | {"step": min(record["step"], step)} if record["kind"] == "change" else record
                 for record in self.records()
             ]
-            self.write(self.metrics.name, "".join(json.dumps(one) + "\n" for one in records if one["step"] <= step))
+            again = ("val",) if validation else ()
+            kept = [r for r in records if r["step"] < step or (r["step"] == step and r["kind"] not in again)]
+            self.write(self.metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of the folder whole, or leaves the one before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -115,7 +115,7 @@ def resume(
         saved = run.checkpoint(checkpoint) if begun else None
         experiment = assemble(config, model=model, loss=loss, tasks=tasks, algorithm=algorithm)
         with Training(experiment) as training:
-            training.restore(run, saved, counting)
+            training.restore(run, saved)
             run.write_config(training.config)
             if counting and training.outer.step:
                 log.warning("from step %d on the parameters are those of neither configuration", training.outer.step)
@@ -151,6 +151,7 @@ class Training:
         self.outer = OuterLoop(self.config.outer, experiment.initial, self.problem.layout)
         self.initial = self.outer.vector()
         self.best: Best | None = None
+        self._due = False  # whether the state at hand is to be validated yet
         self._saved: int | None = None
         self._saving = 0.0  # seconds that checkpoints have held up since the last record, which stands before them
 
@@ -164,18 +165,12 @@ class Training:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def restore(self, run: RunFolder, saved: storage.Checkpoint | None, changed: Collection[str] = ()) -> None:
-        """Goes back to a checkpoint of ``run``, or without one to the start, and drops what came after it.
-
-        ``changed`` are the keys whose values are others than those of the checkpoint, and count. Where the optimizer or
-        its options are among them, it forgets past gradients.
-        """
+    def restore(self, run: RunFolder, saved: storage.Checkpoint | None) -> None:
+        """Goes back to a checkpoint of ``run``, or without one to the start, and drops what came after it."""
         if saved is not None:
             check_constants(saved.state["constants"], self.problem)
-            anew = [key for key in changed if key.startswith("outer.")]
-            moments = not any(key.startswith(("outer.use", "outer.options")) for key in anew)
-            self.outer.restore(saved.params, saved.tensors, saved.state["outer"], settings=not anew, moments=moments)
-            self.best = saved.state["best"]
+            self.outer.restore(saved.params, saved.tensors, saved.state["outer"])
+            self.best, self._due = saved.state["best"], saved.state.get("due", False)
         if self.outer.step > self.config.train.steps:
             raise ConfigError(
                 f"train.steps={self.config.train.steps} is less than the {self.outer.step} steps that are done; "
@@ -184,7 +179,7 @@ class Training:
         for step in storage.steps(run.checkpoints):
             if step > self.outer.step:
                 storage.remove(run.checkpoints, step)
-        run.forget_after(self.outer.step)
+        run.forget_after(self.outer.step, validation=self._due)
         if self.config.outer.schedule and run.config().train.steps != self.config.train.steps:
             log.warning(
                 "outer.schedule keeps its arguments, made for %d steps: %s",
@@ -229,6 +224,11 @@ class Training:
         on_validation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
         with storage.Writer() as self._writer:
+            if self._due:  # the validation failed, behind which the run was to go on
+                evaluation = self._validate(metrics, progress)
+                storage.amend(run.checkpoints, self.outer.step, {"best": self.best, "due": False})
+                if on_validation is not None:
+                    on_validation(self.outer.step, evaluation)
             while self.outer.step < self.config.train.steps and not stop.requested:
                 evaluation = self._step(run, metrics, progress)
                 if evaluation is not None and on_validation is not None:
@@ -272,19 +272,19 @@ class Training:
         groups = by_group(values, self.problem.groups(shards, skipped))
         for name, own in groups.items():
             metrics.group(name, own)
-        evaluation = None
-        if config.validation.every and outer.step % config.validation.every == 0:
-            try:
-                evaluation = self._validate(metrics, progress)
-            except DistmetaError:
-                self._save(run, metrics)  # what has been learned is not lost with the validation that failed
-                raise
-            clock.lap("validation")
         for part in {part: None for result in results for part in result.seconds}:
             clock.seconds[part] = sum(result.seconds.get(part, 0.0) for result in results)
         clock.seconds["checkpoint"], self._saving = self._saving, 0.0
         lost = self.executor.retries, self.executor.duplicates
         metrics.add(outer.step, settings.meta_batch_size - len(skipped), means | record, clock.seconds, *lost)
+        evaluation = None
+        if config.validation.every and outer.step % config.validation.every == 0:
+            self._due = True
+            try:
+                evaluation = self._validate(metrics, progress)
+            except DistmetaError:
+                self._save(run, metrics)  # what has been learned is not lost with the validation that failed
+                raise
         is_best = self.best is not None and self.best["step"] == outer.step
         if is_best or outer.step % config.checkpoint.every == 0:
             self._save(run, metrics)
@@ -303,21 +303,25 @@ class Training:
         metrics.flush()
         tensors, plain = self.outer.state()
         params = {name: parameter.data for name, parameter in self.outer.params.items()}
-        state = {"outer": plain, "best": self.best, "constants": self.problem.loss.constants()}
-        saved, best = storage.Checkpoint(params, tensors, state), self.best["step"] if self.best else None
-        self._writer.save(run.checkpoints, self.outer.step, saved, self.config.checkpoint.keep_last, best)
+        constants = self.problem.loss.constants()
+        state = {"outer": plain, "best": self.best, "constants": constants, "due": self._due}
+        saved = storage.Checkpoint(params, tensors, state)
+        self._writer.save(run.checkpoints, self.outer.step, saved, self.config.checkpoint.keep_last)
         self._saved = self.outer.step
         clock.lap("checkpoint")
         self._saving += clock.seconds["checkpoint"]
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> Evaluation:
-        tasks, shard_size = self.config.validation.tasks, self.config.evaluation.shard_size
+        tasks, shard_size, clock = self.config.validation.tasks, self.config.evaluation.shard_size, Clock()
         result = evaluate_tasks(self.executor, self.problem, self.outer.vector(), "val", tasks, shard_size)
         metrics.validation(self.outer.step, result)
         progress.say(f"step {self.outer.step}: validation {describe(result)}")
         if better(result, self.best["value"] if self.best else None):
             value = result["after"]["mean"]
             self.best = {"step": self.outer.step, "metric": result["metric"], "value": value}
+        self._due = False
+        clock.lap("validation")
+        metrics.spent("validation", clock.seconds["validation"])
         return result
 
     def _summary(self, run: RunFolder, metrics: MetricsLog, progress: Progress) -> dict[str, Any]:

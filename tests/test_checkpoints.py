@@ -35,7 +35,7 @@ def state(value: float) -> Checkpoint:
 def test_training_goes_on_while_a_checkpoint_is_written(slow_disk: threading.Event, tmp_path: Path) -> None:
     with Writer() as writer:
         saved = state(1.0)
-        writer.save(tmp_path, 1, saved, keep_last=1, best=None)
+        writer.save(tmp_path, 1, saved, keep_last=1)
         saved.params["w"].fill_(9)  # the next steps change all of it in place
         saved.tensors["m"].fill_(9)
         saved.state["rates"].append(9)
@@ -59,19 +59,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow_disk: threading.Eve
 def test_an_error_is_raised_at_the_next_step_or_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     writer = Writer()
-    writer.save(tmp_path / "file", 1, state(1.0), keep_last=1, best=None)
+    writer.save(tmp_path / "file", 1, state(1.0), keep_last=1)
     deadline = time.monotonic() + 60
     with pytest.raises(StorageError, match=r"checkpoint .*step-00000001 could not be written \(Not a directory\)"):
         while time.monotonic() < deadline:
             writer.check()
     writer.check()  # it is said once
     with pytest.raises(StorageError, match="could not be written"), writer:
-        writer.save(tmp_path / "file", 2, state(2.0), keep_last=1, best=None)
+        writer.save(tmp_path / "file", 2, state(2.0), keep_last=1)
 
 
 def test_an_error_beside_what_ends_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(KeyboardInterrupt), Writer() as writer:
-        writer.save(tmp_path / "file", 1, state(1.0), keep_last=1, best=None)
+        writer.save(tmp_path / "file", 1, state(1.0), keep_last=1)
         raise KeyboardInterrupt
     assert "step-00000001 could not be written" in caplog.text

@@ -39,7 +39,7 @@ from distmeta.core.types import (
 )
 from distmeta.distributed.compiled import Programs
 from distmeta.distributed.passes import FAILURES, Pass, Recordings, join_metrics, stack_metrics, train_pass
-from distmeta.errors import DistmetaError, NumericalError, ResourceError, WorkerError, one_line
+from distmeta.errors import ConfigError, DistmetaError, NumericalError, ResourceError, WorkerError, one_line
 
 Work = Literal["meta_gradient", "objective", "curvature", "evaluate", "out_of_scope", "nearest_neighbour"]
 Strategy = Literal["loop", "vmap", "compiled"]
@@ -204,6 +204,7 @@ class Problem:
                 None for ``vector``.
 
         Raises:
+            ConfigError: The model changes buffers when it is called.
             NumericalError: A loss or a gradient is not finite; the message names the task.
             WorkerError: A task, the model or the loss raised; the message names the tasks.
         """
@@ -213,6 +214,7 @@ class Problem:
         with named(f"{work} of {span(shard)}"), reproducible(self.threads, torch_seed(self.seed, work, *shard)):
             self.loss.module.to(self.device)
             self.loss.module.train(work == "meta_gradient")
+            marks = self.loss.marks()
             meta = split(self.layout.unpack(vector, self.device))
             if work != "meta_gradient" or self.strategy == "loop":  # else they are moved together
                 tasks = [to_device(task, self.device) for task in tasks]
@@ -228,6 +230,12 @@ class Problem:
             else:
                 done = train_pass(self, work, vector, dict(enumerate(tasks, shard.first)), shard, second)
                 metrics = done.metrics
+            for name, mark in self.loss.marks().items():
+                if marks.get(name) != mark:
+                    raise ConfigError(
+                        f"the model changes its buffer {name} when it is called, so that results would depend on what "
+                        "a worker has computed before: build it without layers that do (as spectral_norm does)"
+                    )
         sampling = sampling_seconds(tasks)
         adapting = time.perf_counter() - built - sum(sampling.values())
         seconds = {"sample": built - start, "adapt": adapting} | sampling

@@ -87,10 +87,7 @@ def run_trial(sample: dict[str, Any], search: Search, path: Sequence[str], home:
 def take_over(saved: Checkpoint, run: RunFolder, training: Training) -> None:
     """Goes on from a run that Tune has kept: this trial's own, or in population based training another's."""
     saved.to_directory(run.path)
-    before = run.config()
     training.restore(run, run.checkpoint())
-    if before.outer.lr != training.config.outer.lr:
-        training.outer.set_lr(training.config.outer.lr)
     run.write_config(training.config)
 
 
