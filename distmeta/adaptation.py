@@ -22,7 +22,7 @@ from distmeta.core.params import split
 from distmeta.core.policy import PolicyLoss
 from distmeta.core.scope import SCORES, Scope
 from distmeta.core.seeds import stream
-from distmeta.core.types import Batch, Episode, OpenSet, Params, TaskDistribution
+from distmeta.core.types import Batch, Episode, OpenSet, Params, Split, TaskDistribution
 from distmeta.distributed.work import Problem, Shard, named, reproducible
 from distmeta.errors import ConfigError, RunError
 from distmeta.evaluation import Evaluation, evaluate_scope, evaluate_tasks
@@ -98,13 +98,17 @@ def adapt(
         DistmetaError: See `distmeta.errors`.
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    experiment = assemble(run.config(), model=model, loss=loss, tasks=tasks, algorithm=algorithm, prepare=False)
+    experiment = assemble(run.config(), model=model, loss=loss, tasks=tasks, algorithm=algorithm, prepare=())
     return _adapt(run, experiment, checkpoint, support, "the support set has")
 
 
 def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Batch, whose: str) -> Adapted:
-    if experiment.outputs is not None:
-        experiment = of_ways(experiment, 1 + int(support[-1].max()) if support[-1].numel() else 0, whose)
+    labels = support[-1]
+    if experiment.outputs is not None or experiment.problem.algorithm.task_head is not None:  # it classifies
+        if labels.numel() and int(labels.min()) < 0:
+            raise ConfigError(f"the support set has the label {int(labels.min())}: classes are numbered from 0")
+        experiment = of_ways(experiment, 1 + int(labels.max()) if labels.numel() else 0, whose)
+        experiment = replace(experiment, problem=replace(experiment.problem, variable_ways=True))
     problem, params = experiment.problem, restore(run, experiment, checkpoint)
     module = copy.deepcopy(problem.loss.module).eval()
     problem.loss.module.eval()
@@ -150,7 +154,10 @@ def evaluate(
     outputs = None  # the model stays the one that was trained, whatever the tasks
     if tasks is None and any(override.startswith("tasks.") for override in overrides):
         outputs = getattr(getattr(build_part(complete(run.config()), "tasks"), "spec", None), "outputs", None)
-    experiment = assemble(settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm, outputs=outputs)
+    drawn: tuple[Split, ...] = ("test",) if out_of_scope is None else ("val", "test")
+    experiment = assemble(
+        settings, model=model, loss=loss, tasks=tasks, algorithm=algorithm, outputs=outputs, prepare=drawn
+    )
     config, problem = experiment.config, experiment.problem
     count = config.evaluation.tasks if episodes is None else episodes
     if count < 2:
@@ -198,7 +205,7 @@ def adapt_files(
         DistmetaError: See `distmeta.errors`.
     """
     refuse_used(out)
-    experiment = assemble(run.config(), prepare=False)
+    experiment = assemble(run.config(), prepare=())
     tasks = experiment.problem.tasks
     if not isinstance(tasks, ReadsOwnTasks):
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.algorithms import ALGORITHMS, MetaAlgorithm
+from distmeta.algorithms.reptile import Reptile
 from distmeta.components import Component, build, find, options_of
 from distmeta.config import Config
 from distmeta.core.algorithm import Bilevel
@@ -20,13 +21,14 @@ from distmeta.core.loss import CRITERIA, Criterion, ModuleLoss, PureModule
 from distmeta.core.params import Layout, join
 from distmeta.core.policy import ActionSpec, PolicyLoss
 from distmeta.core.seeds import torch_seed
-from distmeta.core.types import Params, TaskDistribution, TaskSpec
+from distmeta.core.types import Params, Split, TaskDistribution, TaskSpec
 from distmeta.distributed.compiled import check_phases
 from distmeta.distributed.work import Problem
 from distmeta.errors import ConfigError
 from distmeta.models import MODELS
 from distmeta.tasks import TASKS
 from distmeta.tasks.mixture import Mixture, naming
+from distmeta.tasks.splits import SPLITS
 
 log = logging.getLogger("distmeta")
 
@@ -112,12 +114,12 @@ def assemble(
     tasks: TaskDistribution | None = None,
     algorithm: MetaAlgorithm | None = None,
     outputs: int | None = None,
-    prepare: bool = True,
+    prepare: Sequence[Split] = SPLITS,
 ) -> Experiment:
     """Builds what ``config`` names; an object that is given takes the place of its section.
 
-    ``outputs`` are those of a classifier that was trained on other tasks. Without ``prepare`` the data are not read,
-    downloaded or checked: no task can be sampled.
+    ``outputs`` are those of a classifier that was trained on other tasks. ``prepare`` are the splits that tasks will be
+    drawn from: without any, data are neither read nor downloaded.
 
     Raises:
         ConfigError: A part is unknown, refuses its options or does not fit the others.
@@ -132,11 +134,10 @@ def assemble(
     if not callable(getattr(tasks, "sample", None)):
         raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
     if prepare and callable(getattr(tasks, "prepare", None)):
-        cast(Any, tasks).prepare()
+        cast(Any, tasks).prepare(prepare)
     spec: TaskSpec | None = getattr(tasks, "spec", None)
-    ways = None  # of the tasks, where they are others than those of training
-    if spec is not None and spec.loss == "cross_entropy" and outputs not in (None, spec.outputs):
-        ways = spec.outputs
+    ways = spec.outputs if spec is not None and spec.loss == "cross_entropy" else None
+    if spec is not None and ways is not None and outputs not in (None, ways):
         spec = spec._replace(outputs=outputs, variable_ways=spec.variable_ways or ways < outputs)
     chosen: MetaAlgorithm = build_part(config, "algorithm") if algorithm is None else algorithm
     if config.train.strategy == "compiled":
@@ -147,6 +148,7 @@ def assemble(
     with torch.random.fork_rng([]):
         torch.manual_seed(torch_seed(config.seed, "algorithm"))
         initial = join(chosen.init(module_loss.init()))
+    _check_outer(chosen, config)
     problem = Problem(
         algorithm=chosen,
         loss=module_loss,
@@ -161,8 +163,7 @@ def assemble(
         metric=None if spec is None else spec.metric,
         variable_ways=spec is not None and spec.variable_ways,
     )
-    classes = None if spec is None or spec.loss != "cross_entropy" else spec.outputs
-    experiment = Experiment(config, problem, initial, classes)
+    experiment = Experiment(config, problem, initial, None if spec is None or ways is None else spec.outputs)
     return experiment if ways is None else of_ways(experiment, ways, "each task has")
 
 
@@ -205,6 +206,17 @@ def widened(params: Params, head: str, ways: int) -> Params:
 
 def _of_rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(max(0, rows - len(tensor)), *tensor.shape[1:])])
+
+
+def _check_outer(algorithm: MetaAlgorithm, config: Config) -> None:
+    """Adam's second moment, which Reptile keeps among the meta-parameters, must not become negative."""
+    averages = config.outer.use == "SGD" and not config.outer.options.get("momentum")
+    if type(algorithm) is Reptile and algorithm.inner_optimizer == "adam" and not averages:
+        raise ConfigError(
+            f"reptile averages the second moment of its inner Adam over tasks just as theta, which needs plain SGD as "
+            f"outer optimizer, without momentum; given: {config.outer.use}. Set outer.use=SGD outer.lr=1.0 (its "
+            "epsilon), or algorithm.inner_optimizer=sgd"
+        )
 
 
 def build_part(config: Config, section: str, **given: Any) -> Any:

@@ -308,6 +308,18 @@ def test_equal_normalisation_in_all_steps_is_that_of_maml() -> None:
             assert not ours.model[name].any()
 
 
+def test_normalisation_of_no_step_is_that_of_the_first() -> None:
+    problem, theta = normalised(MAMLpp(inner_lr=0.1, test_inner_steps=0, per_step_norm=True))
+    theta = theta + 0.05 * np.random.default_rng(0).standard_normal(theta.size)
+    meta = split(problem.layout.unpack(theta))
+    (task,) = problem.build(Shard("val", 0, 0, 1))
+    (start,) = problem.algorithm.trajectory(meta, task, problem.loss)
+    for name, rows in meta.extra.items():
+        if name.startswith("norm."):
+            assert torch.equal(start.params[name[5:]], rows[0])
+    assert np.isfinite(problem.run("evaluate", theta, Shard("val", 0, 0, 1)).metrics["loss"]).all()
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("strategy", ["loop", "vmap"])
 def test_each_step_has_its_own_normalisation(strategy: str, recompute: bool) -> None:

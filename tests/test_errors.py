@@ -56,6 +56,15 @@ TABLE = {
     "option of another model": ["model.use=mlp model.downsample=stride", "model.downsample: unknown key"],
     "negative workers": ["scaling.num_workers=-1", "scaling.num_workers: input should be greater than or equal to 0"],
     "schedule by metric": ["outer.schedule.use=ReduceLROnPlateau", "ReduceLROnPlateau follows a metric"],
+    "reptile beside Adam": [
+        "algorithm.use=reptile",
+        "needs plain SGD as outer optimizer, without momentum; given: Adam",
+    ],
+    "reptile with momentum": [
+        "algorithm.use=reptile outer.use=SGD outer.options.momentum=0.9",
+        "needs plain SGD as outer optimizer, without momentum",
+    ],
+    "one task": ["evaluation.tasks=1", "evaluation.tasks must be at least 2, for there to be an interval, or 0"],
     "no schedule": ["outer.schedule.use=Counter", "'Counter' is not known"],
     "rate twice": ["outer.options.lr=7", "outer.options.lr: set outer.lr instead"],
     "infinite outer rate": ["outer.lr=.inf", "outer.lr: input should be a finite number"],

@@ -163,6 +163,14 @@ def test_joint_training_is_the_gradient_of_the_pooled_loss() -> None:
         gradients = torch.autograd.grad(cross_entropy(model(x), y)[0], list(model.parameters()))
         expected += torch.cat([g.reshape(-1) for g in gradients]).numpy()
     assert relative_error(total, expected) < 1e-12
+    # sets that are trimmed each to its own longest text are padded to one length
+    task = built[0]
+    trimmed = Episode(*((x[:, : (x >= 0).any(0).sum()], y) for x, y in task))
+    assert trimmed.support_set[0].shape != trimmed.query_set[0].shape
+    whole, shorter = (
+        problem.run("meta_gradient", theta, shard._replace(size=1), [one]).total for one in (task, trimmed)
+    )
+    assert relative_error(shorter, whole) < 1e-12
     # a new task is adapted to as Reptile does from the same start
     settings = {"inner_lr": 0.05, "inner_steps": 3, "inner_optimizer": "sgd"}
     adapted = [

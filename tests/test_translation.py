@@ -228,8 +228,14 @@ def test_command_line_from_training_to_translations(corpus: Path, tmp_path: Path
 
     (tmp_path / "support.tsv").write_text("".join(f"{spoken(word, 5)}\t{word}\n" for word in WORDS[:30]))
     (tmp_path / "sources.txt").write_text(f"{spoken('bal', 5)}\n\n{spoken('dem', 5)}\n")
+    (tmp_path / "support.tsv").write_text("".join(f"{spoken(word, 5)}  \t {word}\n" for word in WORDS[:30]))
+    done = cli("adapt", "run", "--support", "support.tsv", "--query", "sources.txt", "--out", "spaced")
+    (tmp_path / "support.tsv").write_text("".join(f"{spoken(word, 5)}\t{word}\n" for word in WORDS[:30]))
     done = cli("adapt", "run", "--support", "support.tsv", "--query", "sources.txt", "--out", "plain")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "spaced" / "adapted.safetensors").read_bytes() == (
+        tmp_path / "plain" / "adapted.safetensors"
+    ).read_bytes(), "spaces count as little as in training"
     with (tmp_path / "plain" / "predictions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["source"] for row in rows] == [spoken("bal", 5), spoken("dem", 5)] and "translation" in rows[0]

@@ -14,10 +14,11 @@ from problems import Blobs, HeadedMLP
 from typer.testing import CliRunner
 
 import distmeta
-from distmeta import MAML, ProtoMAML, RunFolder
+import distmeta.core.loss
+from distmeta import MAML, R2D2, ProtoMAML, RunFolder
 from distmeta.cli import app
 from distmeta.core.seeds import stream
-from distmeta.errors import ConfigError, WorkerError
+from distmeta.errors import ConfigError, DataError, WorkerError
 from distmeta.models import Conv4
 
 UNTRAINED = ["scaling.num_workers=0", "evaluation.tasks=0", "train.steps=0"]
@@ -46,9 +47,9 @@ def test_a_run_of_five_ways_is_evaluated_as_one_of_ten_would_be(algorithm: str, 
     assert models[5].classifier.out_features == 5
 
 
-def own(folder: Path, algorithm: Any, ways: int = 3) -> tuple[RunFolder, dict[str, Any]]:
+def own(folder: Path, algorithm: Any, kind: type[Blobs] = Blobs, **more: Any) -> tuple[RunFolder, dict[str, Any]]:
     torch.manual_seed(0)
-    objects = {"model": HeadedMLP(3, ways), "tasks": Blobs((3,), ways), "algorithm": algorithm}
+    objects = {"model": HeadedMLP(3, 3), "tasks": kind((3,), 3), "algorithm": algorithm} | more
     settings = ["train.steps=3", "scaling.num_workers=0", "validation.every=0", "evaluation.tasks=0"]
     return distmeta.train({}, *settings, f"run_dir={folder}", **objects), objects
 
@@ -85,12 +86,49 @@ def test_who_learns_the_head_refuses_more_classes(tmp_path: Path) -> None:
         distmeta.adapt(run, (x, y), **objects)
     with pytest.raises(WorkerError, match="adapting to the support set failed: RuntimeError"):
         distmeta.adapt(run, (x[:, :2], y.clamp(max=2)), **objects)
-    assert distmeta.adapt(run, (x[y < 2], y[y < 2]), **objects).predict(x).shape == (len(x), 3)
     run = glyphs(tmp_path / "glyphs")
     with pytest.raises(
         ConfigError, match=r"each task has 6 classes; this run tells 5 apart: take fewer, or train with "
     ):
         distmeta.evaluate(run, "tasks.ways=6", episodes=2)
+
+
+def test_tasks_that_say_nothing_of_their_classes(tmp_path: Path) -> None:
+    class Silent(Blobs):
+        spec = None
+
+    silent = {"loss": distmeta.core.loss.cross_entropy}
+    run, objects = own(tmp_path / "run", R2D2(), kind=Silent, **silent)
+    (x, y), _ = Blobs((3,), 7, 4).sample(stream(0), "test")
+    assert distmeta.adapt(run, (x, y), **objects).predict(x).shape == (len(x), 7)
+    with pytest.raises(ConfigError, match="the support set has the label -1: classes are numbered from 0"):
+        distmeta.adapt(run, (x, y - 1), **objects)
+    spoken, objects = own(tmp_path / "spoken", R2D2())
+    assert distmeta.evaluate(spoken, episodes=4, **(objects | {"tasks": Blobs((3,), 7)}))["after"]["mean"] > 1 / 7
+
+
+def test_fewer_classes_have_outputs_of_their_own(tmp_path: Path) -> None:
+    """As in an evaluation on so many ways: the inner loop, too, knows of no others."""
+    run, objects = own(tmp_path / "run", MAML(inner_lr=0.1))
+    (x, y), _ = Blobs((3,), 2, 4).sample(stream(0), "test")
+    adapted = distmeta.adapt(run, (x, y), **objects)
+    assert adapted.predict(x).shape == (len(x), 2)
+    before = run.checkpoint().params
+    assert torch.equal(adapted.module.classifier.bias[2], before["model.classifier.bias"][2]), "no gradient reaches it"
+    assert not torch.equal(adapted.module.classifier.bias[:2], before["model.classifier.bias"][:2])
+
+
+def test_only_the_splits_that_are_asked_must_have_the_classes(tmp_path: Path) -> None:
+    rows = [(f"{word} thing {i}", word) for word in "abcdefghij" for i in range(8)]
+    with (tmp_path / "things.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    (tmp_path / "split.json").write_text(json.dumps({"train": list("abcd"), "val": list("ef"), "test": list("ghij")}))
+    data = ["tasks.use=text", f"tasks.path={tmp_path / 'things.csv'}", f"tasks.split_file={tmp_path / 'split.json'}"]
+    settings = ["tasks.ways=2", "tasks.queries=3", "validation.every=0", *UNTRAINED, f"run_dir={tmp_path / 'run'}"]
+    run = distmeta.train("clinc150-5way-1shot-protonet", *data, *settings)
+    assert distmeta.evaluate(run, "tasks.ways=4", episodes=4)["tasks"] == 4
+    with pytest.raises(DataError, match="the test split of text has 4 classes, fewer than the 5 ways of a task"):
+        distmeta.evaluate(run, "tasks.ways=5", episodes=4)
 
 
 def test_files_of_more_classes(tmp_path: Path) -> None:

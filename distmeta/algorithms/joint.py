@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from distmeta.algorithms.reptile import Reptile
 from distmeta.core.gradients import grad_and_value
@@ -31,6 +33,14 @@ class Joint(Reptile):
     def meta_gradient(self, meta: MetaParams, task: Task, loss: TaskLoss, *, step: int) -> MetaGradient:
         """∇L(theta; S ∪ Q)."""
         sets = task.support(meta.model, 0), task.query(meta.model)
-        pooled = tuple(torch.cat(both) for both in zip(*sets, strict=True))
+        pooled = tuple(torch.cat(of_one_length(*both)) for both in zip(*sets, strict=True))
         gradient, value, metrics = grad_and_value(lambda p: loss(p, pooled), meta.model, create_graph=False)
         return MetaGradient(MetaParams(gradient, {}), metrics | {"loss": value})
+
+
+def of_one_length(*sets: Tensor) -> list[Tensor]:
+    """Tokens (N, T) of sets that were trimmed each to its longest text, padded by −1 as within a set; else as it is."""
+    if sets[0].dim() != 2 or sets[0].is_floating_point():
+        return list(sets)
+    longest = max(tokens.shape[1] for tokens in sets)
+    return [F.pad(tokens, (0, longest - tokens.shape[1]), value=-1) for tokens in sets]

@@ -84,13 +84,14 @@ class MAMLpp(MAML):
         if not self.per_step_norm:
             yield from super().inner_loop(meta, task, loss, step=step)
             return
-        at = InnerStep(meta.model, None, {}, meta.extra)
+        own = {name[5:]: rows for name, rows in meta.extra.items() if name.startswith("norm.")}
+        at = InnerStep(meta.model | {name: rows[0] for name, rows in own.items()}, None, {}, meta.extra)
+        yield at
         for k in range(self.steps(step)):
             row = min(k, self.inner_steps - 1)
-            norm = {name[5:]: rows[row] for name, rows in meta.extra.items() if name.startswith("norm.")}
             path = unroll(
                 loss,
-                at.params | norm,
+                at.params | {name: rows[row] for name, rows in own.items()},
                 lambda params, _, k=k: task.support(params, k),
                 self.optimizer(),
                 1,
@@ -100,7 +101,7 @@ class MAMLpp(MAML):
                 count=k,
                 recompute=self.recompute,
             )
-            for at in path if k == 0 else islice(path, 1, None):
+            for at in islice(path, 1, None):
                 yield at
 
     def optimizer(self) -> InnerOptimizer:

@@ -118,10 +118,6 @@ class Control(ABC):
         """Drops the environments of ``goal``, one of which has failed and may be in any state; here there are none."""
         return
 
-    def prepare(self) -> None:
-        """Nothing is to be prepared."""
-        return
-
     def size(self, split: Split) -> tuple[int, int]:
         """Episodes of each set of a task of ``split``, and the most time steps of each: E and T."""
         if split == "train":

@@ -117,15 +117,16 @@ class DataTasks(ABC):
         """The folder of the data sets."""
         return Path(self.data_root).expanduser() if self.data_root else default_data_root()
 
-    def prepare(self) -> None:
-        """Downloads, decodes and caches the data set where that has not been done, and checks that each split can give
-        the tasks asked for. The driver calls it once; without it the first `sample` does the same.
+    def prepare(self, splits: Sequence[Split] = SPLITS) -> None:
+        """Downloads, decodes and caches the data set where that has not been done, and checks that ``splits`` can give
+        the tasks asked for. The driver calls it once; without it the first `sample` of a split does the same.
 
         Raises:
             DataError: the data is missing, damaged or too small for the tasks.
             StorageError: the data or the cache cannot be written.
         """
-        _ = self.members
+        for split in splits:
+            self.checked(split)
 
     @cached_property
     def _key(self) -> str:
@@ -139,13 +140,23 @@ class DataTasks(ABC):
 
     @cached_property
     def members(self) -> dict[Split, NDArray[np.int64]]:
-        """The groups of each split, checked."""
-        members: dict[Split, NDArray[np.int64]] = {
-            split: self.split_groups(self.dataset.names, split) for split in SPLITS
-        }
-        for split, groups in members.items():
-            self.check(split, groups)
-        return members
+        """The groups of each split."""
+        return {split: self.split_groups(self.dataset.names, split) for split in SPLITS}
+
+    @cached_property
+    def _checked(self) -> set[Split]:
+        return set()
+
+    def checked(self, split: Split) -> NDArray[np.int64]:
+        """The groups of ``split``, from which its tasks can be drawn.
+
+        Raises:
+            DataError: They are too few, or too small.
+        """
+        if split not in self._checked:
+            self.check(split, self.members[split])
+            self._checked.add(split)
+        return self.members[split]
 
     def at_hand(self) -> bool:
         """Whether the decoded data set is in this node's cache."""
@@ -217,9 +228,9 @@ class FewShotClasses(DataTasks):
     def vary(self, examples: NDArray[Any], variants: NDArray[np.int64]) -> None:
         """Turns each class's examples (first axis) into those of the variant given for it (0: as it is), in place."""
 
-    def prepare(self) -> None:
+    def prepare(self, splits: Sequence[Split] = SPLITS) -> None:
         """See `DataTasks.prepare`; equal examples in classes of two splits are reported."""
-        super().prepare()
+        super().prepare(splits)
         split_of = {int(group): split for split, groups in self.members.items() for group in groups}
         starts = self.dataset.starts
         equal: dict[int, dict[int, str]] = defaultdict(dict)
@@ -298,7 +309,7 @@ class FewShotClasses(DataTasks):
         x are the inputs of N * K or N * Q examples, y int64 from 0 to N - 1.
         """
         ways, shots, queries = (draw(rng, sizes) for sizes in self._sizes(split))
-        members = self.members[split]
+        members = self.checked(split)
         # distinct (class, variant) pairs
         drawn = rng.choice(len(members) * self.variants, ways, replace=False)
         classes = members[drawn // self.variants]

@@ -166,9 +166,9 @@ class FolderImages(FewShotImages):
     def _enough(self, split: Split, members: NDArray[np.int64]) -> NDArray[np.bool_]:
         return self.dataset.counts[members] >= sum(self._most(split)[1:])
 
-    def prepare(self) -> None:
+    def prepare(self, splits: Sequence[Split] = SPLITS) -> None:
         """See `FewShotClasses.prepare`; what is left out, and images that a class has twice, are reported."""
-        super().prepare()
+        super().prepare(splits)
         if self.skip_small:
             used = {int(group) for groups in self.members.values() for group in groups}
             counts = zip(self.dataset.names, self.dataset.counts, strict=True)

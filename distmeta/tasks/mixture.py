@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from distmeta.core.types import Grouped, Portable, Split, Task, TaskSpec
 from distmeta.errors import ConfigError, DistmetaError, nearest
 from distmeta.tasks.control import Control
 from distmeta.tasks.own import OwnTask, ReadsOwnTasks
+from distmeta.tasks.splits import SPLITS
 
 
 @dataclass(eq=False)
@@ -89,13 +90,13 @@ class Mixture:
         variable = len(ways) > 1 or any(spec.variable_ways for spec in specs.values())
         return one._replace(outputs=max(ways), variable_ways=variable)
 
-    def prepare(self) -> None:
+    def prepare(self, splits: Sequence[Split] = SPLITS) -> None:
         """Prepares the parts, once they are known to fit one model."""
         _ = getattr(self, "spec", None)
         for name, part in self.of.items():
             if callable(getattr(part, "prepare", None)):
                 with naming(f"tasks.of.{name}"):
-                    part.prepare()
+                    part.prepare(splits)
 
     def sample(self, rng: np.random.Generator, split: Split) -> Task:
         """Draws a part by the weights, and a task from it."""

@@ -141,7 +141,7 @@ class Tabular(DataTasks):
     def sample(self, rng: np.random.Generator, split: Split) -> Episode:
         """Draws a task: support (x, y) and query (x, y), float32 [rows, features] and [rows, targets], all scaled by
         the support."""
-        group = int(rng.choice(self.members[split]))
+        group = int(rng.choice(self.checked(split)))
         drawn = rng.choice(self.dataset.counts[group], self.shots + self.queries, replace=False)
         table = self.dataset.examples[self.dataset.starts[group] + drawn]
         scale = Scale.of(table[: self.shots])

@@ -94,11 +94,11 @@ class FewShotTranslation(DataTasks):
         shape = (self.length + 1,)
         return TaskSpec(shape, _VOCABULARY, "token_cross_entropy", _VOCABULARY, self.judge, "chrf")
 
-    def prepare(self) -> None:
+    def prepare(self, splits: Sequence[Split] = SPLITS) -> None:
         """See `DataTasks.prepare`."""
         if importlib.util.find_spec("sacrebleu") is None:
             raise ConfigError(f"tasks of translation are judged by the library sacrebleu; {MISSING}")
-        super().prepare()
+        super().prepare(splits)
 
     def build(self) -> ExampleSet:
         """int16 [pairs, 2, length + 1], sources and targets, each language's seen pairs before its new ones."""
@@ -110,7 +110,7 @@ class FewShotTranslation(DataTasks):
         for language, pairs in self.read():
             parts: dict[bool, dict[tuple[str, str], None]] = {False: {}, True: {}}  # without duplicates, in order
             for source, target, place in pairs:
-                source, target = " ".join(source.split()), " ".join(target.split())
+                source, target = plain(source), plain(target)
                 if not source or not target:
                     empty.append(place)
                 elif max(len(source.encode()), len(target.encode())) > self.length:
@@ -178,7 +178,7 @@ class FewShotTranslation(DataTasks):
     def sample(self, rng: np.random.Generator, split: Split) -> Episode:
         """Draws a language and distinct pairs of it."""
         shots, queries = self._sizes(split)
-        group = int(rng.choice(self.members[split]))
+        group = int(rng.choice(self.checked(split)))
         (seen, new), start = self.dataset.counts[group : group + 2], self.dataset.starts[group]
         if self._apart(split):
             support = start + rng.permutation(seen)[:shots]
@@ -212,7 +212,7 @@ class FewShotTranslation(DataTasks):
 
     def _fitting(self, path: Path, pairs: Iterable[Pair]) -> list[Pair]:
         """Those of at most ``length`` bytes; of a catalogue, which nobody shortens for this, others are left out."""
-        read = list(pairs)
+        read = [pair._replace(source=plain(pair.source), target=plain(pair.target)) for pair in pairs]
         longest = [max(len(text.encode()) for text in pair[:2]) for pair in read]
         long = [index for index, size in enumerate(longest) if size > self.length]
         if long and path.suffix.lower() not in catalogues.SUFFIXES:
@@ -222,6 +222,11 @@ class FewShotTranslation(DataTasks):
             log.warning("%s: %d of %d messages are left out, which are longer than tasks.length = %d bytes",
                         path, len(long), len(read), self.length)  # fmt: skip
         return [pair for pair, size in zip(read, longest, strict=True) if size <= self.length]
+
+
+def plain(sentence: str) -> str:
+    """The sentence with single spaces, and none around it."""
+    return " ".join(sentence.split())
 
 
 @dataclass

@@ -90,7 +90,7 @@ def check(search: Search) -> None:
                 raise ConfigError(
                     "train.strategy: auto could choose another one for each trial; set loop, vmap or compiled"
                 )
-            assemble(config, prepare=False)
+            assemble(config, prepare=())
         except DistmetaError as error:
             raise ConfigError(f"{where}: {error}") from error
     if len(budgets) > 1 and search.scheduler.use != "none":

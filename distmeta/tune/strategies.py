@@ -169,7 +169,7 @@ def _check_live(search: Search, label: str) -> None:
                           "the population makes a schedule of its own")  # fmt: skip
     low, high = dimension.probes()[0], dimension.probes()[-1]
     ends = [
-        assemble(search.trial_config(space.first() | dict(dimension.given) | {label: value}), prepare=False).initial
+        assemble(search.trial_config(space.first() | dict(dimension.given) | {label: value}), prepare=()).initial
         for value in (low, high)
     ]
     if ends[0].keys() != ends[1].keys() or not all(equal(tensor, ends[1][name]) for name, tensor in ends[0].items()):
