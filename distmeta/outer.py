@@ -144,7 +144,7 @@ class OuterLoop:
         state: dict[int, dict[str, Any]] = {}
         try:
             step, saved = int(plain["step"]), plain["optimizer"]
-            before = plain.get("settings", self._settings)  # checkpoints of earlier code lack them
+            before = plain["settings"]
             moments = all(before[key] == self._settings[key] for key in ("use", "options"))
             for name, value in {**tensors, **saved["state"]}.items() if moments else ():
                 index, _, key = name.partition(".")

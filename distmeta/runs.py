@@ -204,6 +204,8 @@ class RunFolder:
             found = checkpoint.load(path)
             if not _is_state(found.state):
                 raise CheckpointError(f"checkpoint {path} holds something else than the state of a run")
+            if "settings" not in found.state["outer"]:  # earlier code did not save them
+                found.state["outer"]["settings"] = self.config().outer.model_dump(mode="json")
             return found
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._offer(step)}") from error

@@ -98,6 +98,15 @@ def test_allowed_changes_outlive_a_process_that_is_killed(tmp_path: Path, monkey
     assert sum(record["kind"] == "change" for record in run.records()) == 1
 
 
+def test_a_checkpoint_without_settings_has_those_of_its_run(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "train.steps=2", "validation.every=0")
+    outer = run.checkpoint("last").state["outer"]
+    checkpoint.amend(run.checkpoints, 2, {"outer": {key: outer[key] for key in outer if key != "settings"}})
+    assert run.checkpoint("last").state["outer"] == outer
+    distmeta.resume(run.path, "train.steps=3", "outer.lr=0.5", allow=["outer.lr"], **parts())
+    assert [record["lr"] for record in run.records() if record["kind"] == "train"] == [0.3, 0.3, 0.5]
+
+
 def test_a_task_of_before_a_change_is_not_replayed_with_what_came_after(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "train.steps=4", "validation.every=0", "checkpoint.every=100")
     before = replay(run.path, 2, 0, **parts())
@@ -123,20 +132,25 @@ def test_going_back_finds_what_was_best_then(tmp_path: Path) -> None:
 
 
 class Counting(HeadedMLP):
-    """Counts its calls in a buffer."""
+    """Counts its calls in a buffer, in place or by a new one."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool) -> None:
         super().__init__(3, 3)
+        self.in_place = in_place
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
         return super().forward(x)
 
 
 def test_networks_that_change_when_they_are_called_are_refused(tmp_path: Path) -> None:
     normed = HeadedMLP(3, 3)
     torch.nn.utils.parametrizations.spectral_norm(normed.body[0])
-    for name, model in (("calls", Counting()), (r"body\.0\.parametrizations\.weight\.0\._[uv]", normed)):
+    calls, vectors = "calls", r"body\.0\.parametrizations\.weight\.0\._[uv]"
+    for i, (name, model) in enumerate(((calls, Counting(True)), (calls, Counting(False)), (vectors, normed))):
         with pytest.raises(ConfigError, match=rf"the model changes its buffer {name} when it is called"):
-            train(tmp_path / type(model).__name__, "train.steps=2", model=model)
+            train(tmp_path / str(i), "train.steps=2", model=model)

@@ -115,9 +115,9 @@ class PureModule(ABC):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def marks(self) -> dict[str, tuple[int, int]]:
-        """For each buffer which tensor it is, and how often that has been written: others after any change of it."""
-        return {name: (id(tensor), tensor._version) for name, tensor in self.module.named_buffers()}
+    def buffers(self) -> dict[str, tuple[Tensor, int]]:
+        """The module's buffers, and how often each has been written."""
+        return {name: (tensor, tensor._version) for name, tensor in self.module.named_buffers()}
 
     def predict(self, params: Params, *inputs: Tensor) -> Tensor:
         """f_theta(x)."""

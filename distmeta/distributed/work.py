@@ -214,7 +214,7 @@ class Problem:
         with named(f"{work} of {span(shard)}"), reproducible(self.threads, torch_seed(self.seed, work, *shard)):
             self.loss.module.to(self.device)
             self.loss.module.train(work == "meta_gradient")
-            marks = self.loss.marks()
+            buffers = self.loss.buffers()
             meta = split(self.layout.unpack(vector, self.device))
             if work != "meta_gradient" or self.strategy == "loop":  # else they are moved together
                 tasks = [to_device(task, self.device) for task in tasks]
@@ -230,8 +230,9 @@ class Problem:
             else:
                 done = train_pass(self, work, vector, dict(enumerate(tasks, shard.first)), shard, second)
                 metrics = done.metrics
-            for name, mark in self.loss.marks().items():
-                if marks.get(name) != mark:
+            for name, (tensor, written) in self.loss.buffers().items():
+                before, times = buffers.get(name, (None, 0))
+                if tensor is not before or written != times:
                     raise ConfigError(
                         f"the model changes its buffer {name} when it is called, so that results would depend on what "
                         "a worker has computed before: build it without layers that do (as spectral_norm does)"
