@@ -29,7 +29,8 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def state(value: float) -> Checkpoint:
-    return Checkpoint({"w": torch.full((3,), value)}, {"m": torch.full((3,), -value)}, {"rates": [value]})
+    plain = {"rates": [value], "best": {"step": 1}}
+    return Checkpoint({"w": torch.full((3,), value)}, {"m": torch.full((3,), -value)}, plain)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(slow_disk: threading.Event, tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow_disk: threading.Eve
         writer.check()  # which waits for nothing
         assert checkpoint.steps(tmp_path) == []
 
-        second = threading.Thread(target=writer.save, args=(tmp_path, 2, state(2.0), 1, 1))
+        second = threading.Thread(target=writer.save, args=(tmp_path, 2, state(2.0), 1))
         second.start()
         time.sleep(0.2)
         assert second.is_alive(), "one copy at a time: the second checkpoint waits for the first"
