@@ -1,19 +1,20 @@
 """What an outer step costs the driver, by the number of workers and the size of the model: workers that sleep.
 
     python benchmarks/scale.py [--workers 2 4 8 16 32 64] [--millions 0.1 12 100] [--seconds 1] [--steps 5]
-                               [--nodes N] [--tree K] [--store GB]
+                               [--nodes N] [--tree K] [--stale] [--store GB]
 
 The driver's side is all real: the pool of actors, the object store, the sum in shard order, Adam. The actors are real
 processes as well, but they load neither torch nor distmeta (64 processes with torch take more memory than most machines
 have), and sleep for ``--seconds`` where a worker computes its shard. Each has one shard a step. With ``--nodes N`` they
 live on N further Ray nodes of this machine with object stores of their own, so that all bytes go through sockets. With
 ``--tree K`` an actor adds each K results that follow each other, and the driver those sums: what distmeta does not do.
+With ``--stale`` gradients are those of one step before (`outer.stale`), and workers sleep while the driver works.
 
 Printed for each number of workers and millions of parameters, medians over the steps: ``map``, the time from sending
-the parameters to having all results, less the sleeping, which is longer where processes wait for a core; and the
-processor time of the driver's process, which hardly depends on what else the machine does: ``in map``, to ``reduce``
-and in the ``outer`` update. Sizes whose results do not fit into the object store (``--store`` GB) are left out. Last
-comes what the measured times fit best, in relative terms, of
+the parameters to having all results, and ``step``, that of the whole outer step, both less the sleeping and longer
+where processes wait for a core; and the processor time of the driver's process, which hardly depends on what else the
+machine does: ``in map``, to ``reduce`` and in the ``outer`` update. Sizes whose results do not fit into the object
+store (``--store`` GB) are left out. Last comes what the measured times fit best, in relative terms, of
 
     seconds = step + worker · W + broadcast · B + result · W · B,     W workers, B gigabytes of parameters.
 """
@@ -96,7 +97,7 @@ class Sleeper:
         return total
 
 
-PARTS = ("map", "in map", "reduce", "outer")
+PARTS = ("step", "map", "in map", "reduce", "outer")
 
 
 def add_in_tree(pool: pools.RayPool, theta: np.ndarray, shards: list[Shard], fan: int) -> list[ShardResult]:
@@ -108,13 +109,17 @@ def add_in_tree(pool: pools.RayPool, theta: np.ndarray, shards: list[Shard], fan
     return [ShardResult(s, {}, {}, len(g), {}) for s, g in zip(ray.get(sums), groups, strict=True)]
 
 
-def step(pool: pools.RayPool, outer: OuterLoop, workers: int, seconds: float, fan: int) -> dict[str, float]:
+def step(pool: pools.RayPool, outer: OuterLoop, workers: int, seconds: float, fan: int, last: bool) -> dict[str, float]:
     """One outer step as `distmeta.training.Training` does it; seconds of its parts."""
-    clock = [time.process_time()]
-    theta, (shards, upcoming) = outer.vector(), (shards_of("train", outer.step + i, workers, 1) for i in range(2))
+    clock, begin = [time.process_time()], time.perf_counter()
+    theta, (shards, upcoming) = outer.taken_at(), (shards_of("train", outer.step + i, workers, 1) for i in range(2))
+    ahead = outer.vector() if outer.stale and not last else None
     clock.append(time.process_time())
     start = time.perf_counter()
-    results = add_in_tree(pool, theta, shards, fan) if fan else pool.map("meta_gradient", theta, shards, upcoming)
+    if fan:
+        results = add_in_tree(pool, theta, shards, fan)
+    else:
+        results = pool.map("meta_gradient", theta, shards, upcoming, ahead=ahead)
     mapped = time.perf_counter() - start - seconds
     clock.append(time.process_time())
     gradient = reduce_mean(results)
@@ -122,15 +127,16 @@ def step(pool: pools.RayPool, outer: OuterLoop, workers: int, seconds: float, fa
     with reproducible(1, 0):
         outer.update(gradient, MetaBatch(pool, theta, shards))
     clock.append(time.process_time())
+    whole = time.perf_counter() - begin - seconds
     vector, within, reduced, updated = np.diff(clock)
-    return dict(zip(PARTS, (mapped, within, reduced, vector + updated), strict=True))
+    return dict(zip(PARTS, (whole, mapped, within, reduced, vector + updated), strict=True))
 
 
-def outer_loop(size: int) -> OuterLoop:
+def outer_loop(size: int, stale: bool) -> OuterLoop:
     """Adam over ``size`` parameters."""
     pieces = torch.zeros(size).tensor_split(TENSORS)
     params = {f"model.{i}": piece.clone() for i, piece in enumerate(pieces)}
-    return OuterLoop(Outer(), params, Layout.of(params))  # pyright: ignore[reportCallIssue]
+    return OuterLoop(Outer(stale=stale), params, Layout.of(params))  # pyright: ignore[reportCallIssue]
 
 
 def fit(rows: list[tuple[int, float, float]]) -> dict[str, float]:
@@ -153,6 +159,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--nodes", type=int, default=0)
     parser.add_argument("--tree", type=int, default=0)
+    parser.add_argument("--stale", action="store_true")
     parser.add_argument("--store", type=float, default=7.0)
     given = parser.parse_args()
     most, store = max(given.workers), int(given.store * 1e9)
@@ -166,7 +173,7 @@ def main() -> None:
     else:
         ray.init(address="local", num_cpus=most, object_store_memory=store, include_dashboard=False)
     rows: list[tuple[int, float, dict[str, float]]] = []
-    print("workers | M parameters |    map ms | in map ms | reduce ms |  outer ms", flush=True)
+    print("workers | M parameters |   step ms |    map ms | in map ms | reduce ms |  outer ms", flush=True)
     for workers in given.workers:
         settings = Scaling(num_workers=workers, start_timeout=600)  # pyright: ignore[reportCallIssue]
         with pools.RayPool(Sleep(given.seconds), settings, workers, "scale") as pool:  # pyright: ignore
@@ -176,8 +183,11 @@ def main() -> None:
                 if (workers + 2) * 4 * size > store:
                     print(f"{workers:7} | {millions:12g} | does not fit into the object store", flush=True)
                     continue
-                outer = outer_loop(size)
-                all_ = [step(pool, outer, workers, given.seconds, given.tree) for _ in range(given.steps + 1)][1:]
+                outer = outer_loop(size, given.stale)
+                all_ = [
+                    step(pool, outer, workers, given.seconds, given.tree, last=i == given.steps)
+                    for i in range(given.steps + 1)
+                ][1:]
                 row = {part: statistics.median(one[part] for one in all_) for part in PARTS}
                 rows.append((workers, 4e-9 * size, row))
                 shown = " | ".join(f"{1000 * row[part]:9.1f}" for part in PARTS)

@@ -60,6 +60,11 @@ class Outer(Section):
         1, ge=1, description="updates an outer step; more than 1, on data sampled once, for control (ProMP, PPO)"
     )
     trust_region: TrustRegion | None = Field(None, description="TRPO, for control, with use: SGD and lr: 1")
+    stale: bool = Field(
+        False,
+        description="meta-gradients are taken at the parameters of one step before, so that workers compute while the "
+        "driver sums and updates (docs/performance.md); another algorithm, the same on any number of workers",
+    )
 
     @model_validator(mode="after")
     def _natural(self) -> Outer:
@@ -71,6 +76,11 @@ class Outer(Section):
             )
         if self.trust_region is not None and self.passes > 1:
             raise ConfigError("outer.trust_region takes one step; leave outer.passes at 1")
+        if self.stale and (self.trust_region is not None or self.passes > 1):
+            raise ConfigError(
+                "outer.stale takes one meta-gradient a step, at older parameters; it does not go with "
+                "outer.trust_region or outer.passes above 1, which go over the data again at the present ones"
+            )
         return self
 
 

@@ -211,11 +211,12 @@ def _of_rows(tensor: Tensor, rows: int) -> Tensor:
 def _check_outer(algorithm: MetaAlgorithm, config: Config) -> None:
     """Adam's second moment, which Reptile keeps among the meta-parameters, must not become negative."""
     averages = config.outer.use in ("SGD", "torch.optim:SGD") and not config.outer.options.get("momentum")
+    averages = averages and not config.outer.stale
     if type(algorithm) is Reptile and algorithm.inner_optimizer == "adam" and not averages:
         raise ConfigError(
             "reptile averages the second moment of its inner Adam over tasks just as theta, which needs plain SGD as "
-            f"outer optimizer, without momentum; given: {config.outer.use}. Set outer.use=SGD outer.lr=1.0 (its "
-            "epsilon), or algorithm.inner_optimizer=sgd"
+            f"outer optimizer, without momentum and not stale; given: {config.outer.use}. Set outer.use=SGD "
+            "outer.lr=1.0 (its epsilon), or algorithm.inner_optimizer=sgd"
         )
 
 

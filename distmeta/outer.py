@@ -22,9 +22,15 @@ from distmeta.distributed.work import Problem
 from distmeta.errors import CheckpointError, ConfigError, DistmetaError, NumericalError, one_line
 from distmeta.trust_region import Passes, natural_step
 
+PREVIOUS = "previous"  # among the tensors of a checkpoint
+
 
 class OuterLoop:
-    """theta ← theta − optimizer(g), where g is the mean meta-gradient: any optimizer and schedule of torch.
+    """theta_t+1 = theta_t − optimizer(g(theta_t)), g the mean meta-gradient: any optimizer and schedule of torch.
+
+    With ``stale`` g(theta_t−1) takes the place of g(theta_t), after a first step with g(theta_0): a gradient delayed by
+    one step (Langford, Smola and Zinkevich, 2009, "Slow learners are fast", with tau = 1), which can be computed while
+    the update before it is made.
 
     Args:
         config: The optimizer, its rate and its schedule.
@@ -38,6 +44,8 @@ class OuterLoop:
     def __init__(self, config: Outer, params: Params, layout: Layout) -> None:
         self.layout, self._settings = layout, config.model_dump(mode="json")
         self.clip_norm, self.passes, self.trust_region = config.clip_norm, config.passes, config.trust_region
+        self.stale = config.stale
+        self._previous: np.ndarray | None = None  # with stale, theta before the last update
         self.params = {name: torch.nn.Parameter(tensor.detach().cpu().clone()) for name, tensor in params.items()}
         self.optimizer = _optimizer(config, list(self.params.values()))
         self.schedule = None
@@ -59,6 +67,10 @@ class OuterLoop:
         """The meta-parameters as one flat vector: a copy, made by one thread, since workers have the cores."""
         return np.concatenate([parameter.detach().numpy().reshape(-1) for parameter in self.params.values()])
 
+    def taken_at(self) -> np.ndarray:
+        """Where the meta-gradient of this step is taken, flat: theta, with ``stale`` that before the last update."""
+        return self.vector() if self._previous is None else self._previous
+
     def update(self, gradient: np.ndarray, passes: Passes) -> dict[str, float]:
         """One outer step down the mean meta-gradient, and the further passes over its data that are asked for.
 
@@ -69,6 +81,7 @@ class OuterLoop:
             NumericalError: The gradient or the updated meta-parameters are not finite (see `sound`).
         """
         record: dict[str, float] = {"lr": self.lr}
+        previous = self.vector() if self.stale else None
         if self.trust_region is not None:
             record["grad_norm"] = float(torch.from_numpy(gradient).norm())
             gradient, said = natural_step(self.vector(), gradient, passes, self.trust_region)
@@ -85,6 +98,7 @@ class OuterLoop:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
+        self._previous = previous
         return record
 
     def _descend(self, gradient: np.ndarray) -> float:
@@ -114,6 +128,8 @@ class OuterLoop:
         for index, entries in packed["state"].items():
             for key, value in entries.items():
                 (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
+        if self._previous is not None:
+            tensors[PREVIOUS] = torch.from_numpy(self._previous)
         schedule = self.schedule.state_dict() if self.schedule else None
         return tensors, {
             "step": self.step,
@@ -146,7 +162,8 @@ class OuterLoop:
             step, saved = int(plain["step"]), plain["optimizer"]
             before = plain["settings"]
             moments = all(before[key] == self._settings[key] for key in ("use", "options"))
-            for name, value in {**tensors, **saved["state"]}.items() if moments else ():
+            of_optimizer = {name: tensor for name, tensor in tensors.items() if name != PREVIOUS}
+            for name, value in {**of_optimizer, **saved["state"]}.items() if moments else ():
                 index, _, key = name.partition(".")
                 state.setdefault(int(index), {})[key] = value
             if self.schedule is not None and before == self._settings:
@@ -169,6 +186,7 @@ class OuterLoop:
         with torch.no_grad():
             for name, tensor in params.items():
                 self.params[name].copy_(tensor)
+        self._previous = tensors[PREVIOUS].numpy().copy() if self.stale and PREVIOUS in tensors else None
         self.step = step
 
 

@@ -80,7 +80,7 @@ def replay(
             )
     executor = InProcess(problem)
     while outer.step < step:
-        theta = outer.vector()
+        theta = outer.taken_at()
         shards = shards_of("train", outer.step, settings.meta_batch_size, settings.shard_size)
         gradient = reduce_mean(executor.map("meta_gradient", theta, shards))
         with reproducible(1, 0):
@@ -93,7 +93,7 @@ def _look(problem: Problem, outer: OuterLoop, task: int, rerun: int) -> Replay:
     (chosen,) = (to_device(one, problem.device) for one in problem.build(shard))
     problem.loss.module.to(problem.device).train()
     loss = problem.loss_of(chosen)
-    meta = split(problem.layout.unpack(outer.vector(), problem.device))
+    meta = split(problem.layout.unpack(outer.taken_at(), problem.device))
     rows: list[dict[str, float]] = []
     gradients: dict[str, float] = {}
     failure: str | None = None

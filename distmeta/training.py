@@ -250,8 +250,9 @@ class Training:
         self._writer.check()
         run.check()
         try:
-            theta, shards = outer.vector(), self._shards(outer.step)
-            results = self.executor.map("meta_gradient", theta, shards, upcoming)
+            theta, shards = outer.taken_at(), self._shards(outer.step)
+            ahead = outer.vector() if outer.stale and upcoming else None
+            results = self.executor.map("meta_gradient", theta, shards, upcoming, ahead=ahead)
             clock.lap("map")
             gradient = reduce_mean(results)
             clock.lap("reduce")

@@ -14,7 +14,7 @@ from problems import Blobs, problem_of
 
 from distmeta import MAML, Episode, Split
 from distmeta.config import Scaling
-from distmeta.distributed.dispatch import QUEUED, SLOW, Dispatch
+from distmeta.distributed.dispatch import QUEUED, SLOW, Begun, Dispatch
 from distmeta.distributed.executor import InProcess, reduce_mean
 from distmeta.distributed.ray import RayPool
 from distmeta.distributed.work import shards_of
@@ -192,6 +192,49 @@ def test_what_is_built_ahead_outlasts_an_evaluation(tmp_path: Path, ray_cluster:
         pool.map("evaluate", theta, shards_of("val", 0, 4, 2))
         pool.map("meta_gradient", theta, second)
     assert (tmp_path / "built").read_text() == 8 * "."
+
+
+def test_the_round_to_come_is_begun_behind_the_present_one(clock: Clock) -> None:
+    coming = shards_of("train", 1, 6, 1)
+    round_, begun = Dispatch[str](SHARDS[:5], {}, clock), Begun[str, str](coming, np.zeros(1), "theta")
+
+    def sent_ahead() -> None:
+        while (given := begun.next(("a", "b"), round_)) is not None:
+            begun.running[f"result {given[1].first}"] = given
+
+    sent(round_, "a", "b")
+    sent_ahead()
+    assert not begun.running, "while a shard of the present one waits"
+    round_.done("a", 0)
+    sent(round_, "a", "b")
+    sent_ahead()
+    assert not begun.running, "nor to those who have two"
+    for worker, index in (("a", 2), ("a", 4), ("b", 1)):
+        round_.done(worker, index)
+    sent_ahead()
+    assert begun.running == {
+        "result 0": ("a", coming[0]), "result 1": ("a", coming[1]), "result 2": ("b", coming[2]),
+    }  # fmt: skip
+    after = Dispatch[str](coming, {}, clock)
+    assert begun.adopted_by(after, ("a", "c")) == {"result 0": ("a", 0), "result 1": ("a", 1)}, "b is gone"
+    assert list(after.waiting) == [2, 3, 4, 5] and after.queues == {"a": [0, 1]}
+    assert after.lost("a") == 0 and list(after.waiting) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_step_whose_parameters_are_known_is_computed_ahead(tmp_path: Path, ray_cluster: None) -> None:
+    """While the driver does other things, an evaluation among them; each task is built once."""
+    problem, theta = problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Counted(tmp_path / "built"))
+    first, second = (shards_of("train", step, 4, 2) for step in range(2))
+    with RayPool(problem, Scaling(num_workers=1), most=2) as pool:
+        pool.map("meta_gradient", theta, first, second, ahead=theta + 1)
+        deadline = time.monotonic() + 60
+        while (tmp_path / "built").stat().st_size < 8 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pool.map("evaluate", theta, shards_of("val", 0, 4, 2))
+        results = pool.map("meta_gradient", theta + 1, second)
+    assert (tmp_path / "built").read_text() == 8 * "."
+    expected = InProcess(problem).map("meta_gradient", theta + 1, second)
+    assert np.array_equal(reduce_mean(results), reduce_mean(expected))
 
 
 @pytest.mark.parametrize("timeout", [4.0, 300.0])

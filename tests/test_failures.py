@@ -126,10 +126,12 @@ def test_a_run_goes_on_and_its_failures_can_be_replayed(
     assert "--task must be between 0 and 5 in this run; given: 6" in done.stderr
 
 
-def test_replay_of_a_step_is_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stale", ["false", "true"])
+def test_replay_of_a_step_is_to_the_bit(stale: str, tmp_path: Path) -> None:
     """From whichever checkpoint, and of the step that stopped a run."""
+    settings = ["train.steps=10", "scaling.num_workers=0", f"outer.stale={stale}"]
     with pytest.raises(NumericalError, match=r"is nan|is inf") as stopped:
-        train(tmp_path / "run", "train.steps=10", "scaling.num_workers=0")
+        train(tmp_path / "run", *settings)
     (step,) = RunFolder.open(tmp_path / "run").checkpoints.glob("step-*")
     number = int(step.name.removeprefix("step-"))
     assert f"of step {number} " in str(stopped.value)
@@ -137,7 +139,7 @@ def test_replay_of_a_step_is_to_the_bit(tmp_path: Path) -> None:
     assert first.rerun == 0
     copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
     distmeta.resume(copy, "train.on_failure=skip")
-    straight = train(tmp_path / "straight", "train.steps=10", "scaling.num_workers=0", "train.on_failure=skip")
+    straight = train(tmp_path / "straight", *settings, "train.on_failure=skip")
     last = "checkpoints/step-00000010/meta.safetensors"
     assert (copy / last).read_bytes() == (straight.path / last).read_bytes()
 

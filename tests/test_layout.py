@@ -29,7 +29,9 @@ CASES = {  # the packaged configurations made small: less of everything, nothing
     "glyphs-5way-1shot-reptile": ["model.filters=8", "algorithm.inner_steps=3"],
     "omniglot-5way-1shot-maml": ["model.filters=8", "train.meta_batch_size=6"],
     "omniglot-5way-1shot-reptile": ["model.filters=8", "algorithm.inner_steps=3"],
-}
+    "glyphs-5way-1shot-maml stale": ["model.filters=4", "tasks.train_queries=1", "train.meta_batch_size=6",
+                                     "outer.stale=true"],
+}  # fmt: skip
 SMALL = [
     "train.steps=30", "train.shard_size=2", "validation.every=10", "validation.tasks=4", "evaluation.tasks=0",
     "algorithm.test_inner_steps=2", "checkpoint.every=10",
@@ -50,7 +52,9 @@ def test_parameters_do_not_depend_on_the_layout(
         settings.append(f"data_root={request.getfixturevalue('omniglot_root')}")
 
     def train(folder: str, workers: int, *more: str) -> RunFolder:
-        return distmeta.train(name, *settings, f"scaling.num_workers={workers}", f"run_dir={tmp_path / folder}", *more)
+        return distmeta.train(
+            name.split()[0], *settings, f"scaling.num_workers={workers}", f"run_dir={tmp_path / folder}", *more
+        )
 
     straight = final_parameters(train("0", 0))
     for workers in (1, 2, 3):
@@ -86,10 +90,16 @@ def small():
     return problem_of(MAML(inner_lr=0.1), MLP((3,), 3, (16,)), Blobs())
 
 
-def test_killed_workers_change_nothing(small, ray_cluster: None) -> None:
+@pytest.mark.parametrize("stale", [False, True])
+def test_killed_workers_change_nothing(stale: bool, small, ray_cluster: None) -> None:
+    """Nor when they are at shards of the step to come."""
     problem, theta = small
     steps = [shards_of("train", step, 12, 2) for step in range(30)]
-    expected = [reduce_mean(InProcess(problem).map("meta_gradient", theta, shards)) for shards in steps]
+    thetas = [theta + np.float32(0.001 * step) for step in range(30)]
+    expected = [
+        reduce_mean(InProcess(problem).map("meta_gradient", at, shards))
+        for at, shards in zip(thetas, steps, strict=True)
+    ]
     with RayPool(problem, Scaling(num_workers=2), most=6) as pool:
         done = threading.Event()
 
@@ -103,8 +113,10 @@ def test_killed_workers_change_nothing(small, ray_cluster: None) -> None:
         try:
             deadline = time.monotonic() + 120
             while pool.retries < 4 and time.monotonic() < deadline:
-                for shards, wanted in zip(steps, expected, strict=True):
-                    assert np.array_equal(reduce_mean(pool.map("meta_gradient", theta, shards)), wanted)
+                for i, (shards, at, wanted) in enumerate(zip(steps, thetas, expected, strict=True)):
+                    upcoming, ahead = steps[(i + 1) % 30], thetas[(i + 1) % 30] if stale else None
+                    results = pool.map("meta_gradient", at, shards, upcoming, ahead=ahead)
+                    assert np.array_equal(reduce_mean(results), wanted)
         finally:
             done.set()
             killer.join()

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from distmeta.config import Outer
+from distmeta.config import Outer, validate
 from distmeta.core.params import Layout
+from distmeta.errors import ConfigError
 from distmeta.outer import OuterLoop
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -84,3 +85,27 @@ def test_a_state_of_other_settings_keeps_its_moments_and_takes_the_rates_at_hand
     assert faster.lr == 0.5 and faster.step == 3 and faster.optimizer.state_dict()["state"]
     other = saved_and_restored(before, loop(lr=0.5, options={"betas": [0.5, 0.9]}))
     assert other.lr == 0.5 and not any(other.optimizer.state.values())
+
+
+def test_stale_gradients_are_those_of_one_step_before() -> None:
+    """On a quadratic, with momentum, against the recursion written out; and through a checkpoint."""
+    minimum, lr, momentum = np.linspace(0, 1, 6), 0.1, 0.5
+    theta, velocity = [np.linspace(-1, 1, 6)], np.zeros(6)
+    for step in range(8):
+        velocity = momentum * velocity + (theta[max(step - 1, 0)] - minimum)
+        theta.append(theta[-1] - lr * velocity)
+    settings = {"use": "SGD", "lr": lr, "options": {"momentum": momentum}, "stale": True}
+    outer = loop(torch.float64, **settings)
+    for step in range(8):
+        assert np.allclose(outer.taken_at(), theta[max(step - 1, 0)], rtol=1e-12)
+        assert np.allclose(outer.vector(), theta[step], rtol=1e-12)
+        outer.update(outer.taken_at() - minimum, None)  # type: ignore[arg-type]
+        outer = saved_and_restored(outer, loop(torch.float64, **settings))
+    exact = saved_and_restored(outer, loop(torch.float64, **(settings | {"stale": False})))
+    assert np.array_equal(exact.taken_at(), exact.vector()) and "previous" not in exact.state()[0]
+
+
+@pytest.mark.parametrize("more", [{"passes": 2}, {"trust_region": {}, "use": "SGD", "lr": 1}])
+def test_stale_gradients_do_not_go_with_further_passes(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"outer\.stale takes one meta-gradient a step"):
+        validate({"outer": {"stale": True, **more}})

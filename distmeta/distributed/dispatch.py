@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Hashable, MutableMapping, Sequ
 from itertools import takewhile
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from distmeta.distributed.work import Shard
 
 QUEUED = 2  # shards that a worker has at a time: one to compute, one to begin at once after it
@@ -16,6 +18,7 @@ SLOW = 3.0  # times what a shard has taken on the median, after which an idle wo
 SLOW_AT_LEAST = 2.0  # seconds: to send a shard twice is not worth less
 
 W = TypeVar("W", bound=Hashable)
+R = TypeVar("R", bound=Hashable)
 
 
 class Dispatch(Generic[W]):
@@ -58,20 +61,21 @@ class Dispatch(Generic[W]):
             for index in self.waiting:
                 holder = self.holders.get(self.shards[index], worker)
                 if holder == worker or holder not in workers:
-                    self.waiting.remove(index)
-                    return self._sent(worker, index)
+                    return self.sent(worker, index)
             if queue:
                 continue
             for index in self.waiting:  # whose data only a slow one has: they are sampled once more
                 if self._is_slow(self.holders[self.shards[index]]):
-                    self.waiting.remove(index)
-                    return self._sent(worker, index)
+                    return self.sent(worker, index)
             if not self.waiting:  # what there is for one idle worker, there is for all
                 late = self._late()
-                return None if late is None else self._sent(worker, late)
+                return None if late is None else self.sent(worker, late)
         return None
 
-    def _sent(self, worker: W, index: int) -> tuple[W, int]:
+    def sent(self, worker: W, index: int) -> tuple[W, int]:
+        """Takes in that a shard is given to a worker, as `next` has said, or because it was begun before the round."""
+        if index in self.waiting:
+            self.waiting.remove(index)
         queue = self.queues.setdefault(worker, [])
         if not queue:
             self.began[worker] = self.clock()
@@ -131,3 +135,41 @@ class Dispatch(Generic[W]):
         """The workers that have been at a shard for more than ``limit`` seconds, twice that for each one lost at it."""
         at = {worker: queue[0] for worker, queue in self.queues.items() if queue}
         return [w for w, index in at.items() if self.clock() - self.began[w] > limit * 2 ** self.tries[index]]
+
+
+class Begun(Generic[W, R]):
+    """Shards of the round to come that are sent ahead, behind those of the present one.
+
+    Args:
+        shards: The round to come.
+        vector: The meta-parameters that it will be at.
+        sent_as: What workers are sent in their place.
+    """
+
+    def __init__(self, shards: Sequence[Shard], vector: np.ndarray, sent_as: R) -> None:
+        self.vector, self.sent_as = vector, sent_as
+        self.waiting = deque(shards)
+        self.running: dict[R, tuple[W, Shard]] = {}
+        """Who has been sent what, by the result to come."""
+
+    def next(self, workers: Collection[W], round_: Dispatch[W]) -> tuple[W, Shard] | None:
+        """The next shard to send ahead, and the one of ``workers`` to send it to; None: nobody.
+
+        Only when none of the present round waits, and as many as a worker has at a time.
+        """
+        if round_.waiting or not self.waiting:
+            return None
+        own = Counter(worker for worker, _ in self.running.values())
+        load = {worker: len(round_.queues.get(worker, [])) + own[worker] for worker in workers}
+        worker = min(load, key=load.__getitem__, default=None)
+        return None if worker is None or load[worker] >= QUEUED else (worker, self.waiting.popleft())
+
+    def adopted_by(self, round_: Dispatch[W], workers: Collection[W]) -> dict[R, tuple[W, int]]:
+        """Takes what has been sent to those of ``workers`` that are still there into ``round_``, which has come."""
+        place = {shard: index for index, shard in enumerate(round_.shards)}
+        there = {
+            result: (worker, place[shard]) for result, (worker, shard) in self.running.items() if worker in workers
+        }
+        for worker, index in there.values():
+            round_.sent(worker, index)
+        return there

@@ -26,11 +26,13 @@ class Executor(Protocol):
         shards: Sequence[Shard],
         upcoming: Sequence[Shard] = (),
         second: np.ndarray | None = None,
+        ahead: np.ndarray | None = None,
     ) -> list[ShardResult]:
         """Does ``work`` on each shard at the meta-parameters ``vector``; the results are in shard order.
 
-        ``upcoming`` are the shards of the next call, whose tasks may be built while the caller is busy. With ``second``
-        (see `Problem.run`) this is a further pass over the data that were sampled at ``vector``.
+        ``upcoming`` are the shards of the next call for this work, whose tasks may be built while the caller is busy;
+        if it is known already that this will be at ``ahead``, they may be computed as well. With ``second`` (see
+        `Problem.run`) this is a further pass over the data that were sampled at ``vector``.
         """
         ...
 
@@ -60,6 +62,7 @@ class InProcess:
         shards: Sequence[Shard],
         upcoming: Sequence[Shard] = (),
         second: np.ndarray | None = None,
+        ahead: np.ndarray | None = None,
     ) -> list[ShardResult]:
         """See `Executor.map`."""
         return [self.problem.run(work, vector, shard, second=second) for shard in shards]

@@ -30,7 +30,7 @@ from ray.exceptions import (
 from distmeta.config import Scaling
 from distmeta.core.types import Portable
 from distmeta.distributed.cluster import amounts, capacity, connect, demand, draining
-from distmeta.distributed.dispatch import QUEUED, Dispatch
+from distmeta.distributed.dispatch import QUEUED, Begun, Dispatch
 from distmeta.distributed.gauges import Gauges
 from distmeta.distributed.work import Problem, Shard, ShardResult, Work, left_out, span
 from distmeta.distributed.worker import Ready, Worker, cause_of
@@ -98,6 +98,7 @@ class RayPool:
             self._holders: dict[Shard, Any] = {}  # who has sampled the data of which shard of this step
             self._given_up: dict[Shard, str] = {}  # the shards of this step that hang, and what has been said of them
             self._late: dict[ray.ObjectRef, tuple[Any, float]] = {}  # shards that others have done, and since when
+            self._begun: Begun[Any, ray.ObjectRef] | None = None  # of the next training step
             self._slowest = 0.0  # seconds of a shard
             self._left_out = 0
             self._hardware: str | None = None
@@ -261,22 +262,31 @@ class RayPool:
         shards: Sequence[Shard],
         upcoming: Sequence[Shard] = (),
         second: np.ndarray | None = None,
+        ahead: np.ndarray | None = None,
     ) -> list[ShardResult]:
         """See `distmeta.distributed.executor.Executor.map`."""
         start = time.perf_counter()
-        broadcast = ray.put(vector)
-        further = None if second is None else ray.put(second)
         if second is None:
             self._holders.clear()
             self._given_up.clear()
         round_ = Dispatch(shards, self._holders)
+        running: dict[ray.ObjectRef, tuple[Any, int]] = {}
+        is_step = work == "meta_gradient" and second is None
+        if is_step and self._begun is not None:
+            assert np.array_equal(self._begun.vector, vector), "begun at other meta-parameters than announced"
+            broadcast, running = self._begun.sent_as, self._begun.adopted_by(round_, self._workers)
+        else:
+            broadcast = ray.put(vector)
+        further = None if second is None else ray.put(second)
+        if is_step:
+            self._begun = None if ahead is None else Begun(upcoming, ahead, ray.put(ahead))
         for index, shard in enumerate(shards):
             if shard in self._given_up:
                 round_.give_up(index)
         results: dict[int, ShardResult] = {}
-        running: dict[ray.ObjectRef, tuple[Any, int]] = {}
-        # The shards of the next call that each worker will be sent first, if nothing happens to a worker until then.
-        ahead = {w: own for i, w in enumerate(self._workers) if (own := upcoming[i :: len(self._workers)][:QUEUED])}
+        # The shards of the next call that each worker will build first, if nothing happens to a worker until then.
+        parts = {w: own for i, w in enumerate(self._workers) if (own := upcoming[i :: len(self._workers)][:QUEUED])}
+        unbuilt = parts if ahead is None else {}
         while round_.missing:
             self._look()
             busy = {worker for worker, _ in self._late.values()}
@@ -290,6 +300,8 @@ class RayPool:
                     log.info("%s take long on %s: an idle worker does them as well",
                              span(shards[index]), self._name_of(other))  # fmt: skip
                 running[worker.run.remote(work, broadcast, shards[index], further)] = (worker, index)
+            while is_step and self._begun is not None and (early := self._begun.next(able, round_)) is not None:
+                self._begun.running[early[0].run.remote(work, self._begun.sent_as, early[1])] = early
             computing = bool(running or self._late)
             done, _ = ray.wait(
                 [*running, *self._late, *self._starting],
@@ -308,16 +320,18 @@ class RayPool:
                     self._let_go(ref, round_)
                 elif ref in running:  # and not of a worker that has just been given up
                     self._take(ref, *running.pop(ref), round_, results)
-                    idle = (w for w in ahead if w in self._workers and not round_.waiting and not round_.queues.get(w))
-                    if (worker := next(idle, None)) is not None:
-                        worker.prepare.remote(ahead.pop(worker))
+                    free = (
+                        w for w in unbuilt if w in self._workers and not round_.waiting and not round_.queues.get(w)
+                    )
+                    if (worker := next(free, None)) is not None:
+                        worker.prepare.remote(unbuilt.pop(worker))
         # A worker that is still at a shard which another has done is free again when it has done it, too.
         self._late |= {ref: (w, round_.began[w]) for ref, (w, _) in running.items() if w in self._workers}
         ordered = [
             left_out(work, vector, shard, self._given_up[shard]) if shard in self._given_up else results[index]
             for index, shard in enumerate(shards)
         ]
-        if work == "meta_gradient" and second is None:
+        if is_step:
             self._gauges.step(ordered, time.perf_counter() - start, len(self._workers))
         return ordered
 
