@@ -24,7 +24,7 @@ from distmeta.core.scope import SCORES, Scope
 from distmeta.core.seeds import stream
 from distmeta.core.types import Batch, Episode, OpenSet, Params, Split, TaskDistribution
 from distmeta.distributed.work import Problem, Shard, named, reproducible
-from distmeta.errors import ConfigError, RunError
+from distmeta.errors import ConfigError, NumericalError, RunError
 from distmeta.evaluation import Evaluation, evaluate_scope, evaluate_tasks
 from distmeta.experiment import Experiment, MetaAlgorithm, assemble, build_part, complete, of_ways, widened
 from distmeta.outer import check_constants, check_same
@@ -103,6 +103,12 @@ def adapt(
 
 
 def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Batch, whose: str) -> Adapted:
+    if not isinstance(support, tuple | list) or not all(isinstance(part, Tensor) for part in support):
+        raise ConfigError(
+            f"the support set is a tuple of tensors, inputs and, last, targets; given: a {type(support).__name__}"
+        )
+    if any(part.dim() and not len(part) for part in support):
+        raise ConfigError(f"the support set is empty: its tensors have the shapes {_shapes(support)}")
     labels = support[-1]
     if experiment.outputs is not None or experiment.problem.algorithm.task_head is not None:  # it classifies
         if labels.numel() and int(labels.min()) < 0:
@@ -116,8 +122,17 @@ def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Bat
     loss = problem.loss_of(task)
     with reproducible(problem.threads, 0), named("adapting to the support set"):
         adapted = problem.algorithm.adapt(split(params), task, loss)
+    for name, tensor in adapted.items():
+        if not tensor.isfinite().all():
+            sound = all(part.isfinite().all() for part in support)
+            why = "lower algorithm.inner_lr, by which the run was trained" if sound else "the support set is not itself"
+            raise NumericalError(f"{name} is not finite after adaptation to the support set: {why}")
     module.load_state_dict(adapted, strict=False)
     return Adapted(module, support[:-1], getattr(loss, "classes", None))
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in batch)
 
 
 def evaluate(

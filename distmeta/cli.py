@@ -178,7 +178,7 @@ def adapt(
     elif task is None and not film and support is not None and query is not None:
         _show_predictions(adapt_files(folder, support, query, out, checkpoint=checkpoint, scope=scope))
     else:
-        raise ConfigError("adapt needs --support and --query, files of yours; or, for a run on control, --task")
+        raise ConfigError("adapt takes --support and --query, files of yours; or, for a run on control, --task instead")
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 

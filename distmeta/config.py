@@ -244,6 +244,10 @@ def merge(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str
             raise ConfigError(f"{override!r} is not an override; give key=value, for example train.steps=100")
     with _readable():
         start, changes = OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides))
+        for section in (name for name, field in Config.model_fields.items() if isinstance(field.default, Section)):
+            given = OmegaConf.select(changes, section)
+            if given is not None and not OmegaConf.is_config(given):
+                raise ConfigError(f"{section} holds settings of its own, as in {section}.KEY=VALUE; given: {given!r}")
         for component in ("tasks", "model", "algorithm", "outer.schedule"):
             use = OmegaConf.select(changes, f"{component}.use")
             if use is not None and use != OmegaConf.select(start, f"{component}.use"):
@@ -321,6 +325,8 @@ def _path_of(source: str | Path) -> Path:
         if not path.is_file():
             raise ConfigError(f"no configuration file {path}")
         return path
+    if str(source).partition(".")[0] in Config.model_fields:
+        raise ConfigError(f"{str(source)!r} is not an override; give key=value, for example train.steps=100")
     raise ConfigError(
         f"no packaged configuration {str(source)!r}{nearest(str(source), names)}; "
         "`distmeta config` lists them, and a path must end in .yaml"

@@ -54,7 +54,13 @@ def evaluate_tasks(
     shards = shards_of(split, 0, tasks, shard_size)
     results = executor.map("evaluate", vector, shards)
     metrics, skipped = gather(results), _skipped(results, split, tasks)
-    diverged = int((~np.isfinite(metrics["loss"])).any(axis=1).sum())
+    finite = np.isfinite(metrics["loss"])
+    unsound, diverged = int((~finite[:, 0]).sum()), int((finite[:, 0] & ~finite.all(axis=1)).sum())
+    if unsound:
+        log.warning(
+            "%d of %d %s tasks have a loss that is not finite before any adaptation: their data, or what the model "
+            "puts out for them, are not finite", unsound, tasks, split,
+        )  # fmt: skip
     if diverged:
         log.warning(
             "%d of %d %s tasks have a loss that is not finite: their adaptation diverges; lower algorithm.inner_lr",

@@ -126,11 +126,23 @@ def assemble(
         DataError: The data are missing, damaged or too few.
     """
     given = {"tasks": tasks, "model": model, "algorithm": algorithm}
+    kinds = {"model": (model, nn.Module), "algorithm": (algorithm, MetaAlgorithm)}
+    for name, (part, kind) in kinds.items():
+        if part is not None and not isinstance(part, kind):
+            raise ConfigError(
+                f"{name}={_said(part)}: an object of {kind.__name__} is expected; names go into the configuration"
+            )
+    if loss is not None and not callable(loss):
+        raise ConfigError(
+            f"loss={_said(loss)}: a function loss(output, target) is expected; names go into the configuration"
+        )
     marks: dict[str, Any] = {name: Component(use=_mark(part)) for name, part in given.items() if part is not None}
     if loss is not None:
         marks["loss"] = _mark(loss)
     config = complete(config.model_copy(update=marks))
     tasks = build_part(config, "tasks", data_root=config.data_root) if tasks is None else tasks
+    if isinstance(tasks, type):
+        raise ConfigError(f"tasks={_said(tasks)}: an object is expected, as in tasks={tasks.__name__}(…)")
     if not callable(getattr(tasks, "sample", None)):
         raise ConfigError(f"tasks must have a method sample(rng, split); {type(tasks).__name__} has none")
     if prepare and callable(getattr(tasks, "prepare", None)):
@@ -206,6 +218,11 @@ def widened(params: Params, head: str, ways: int) -> Params:
 
 def _of_rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(max(0, rows - len(tensor)), *tensor.shape[1:])])
+
+
+def _said(part: object) -> str:
+    """An object that a user has given, for messages."""
+    return f"the class {part.__name__}" if isinstance(part, type) else f"{part!r:.60}"
 
 
 def _check_outer(algorithm: MetaAlgorithm, config: Config) -> None:

@@ -182,8 +182,8 @@ class Training:
         run.forget_after(self.outer.step, validation=self._due)
         if self.config.outer.schedule and run.config().train.steps != self.config.train.steps:
             log.warning(
-                "outer.schedule keeps its arguments, made for %d steps: %s",
-                run.config().train.steps,
+                "outer.schedule keeps its arguments, although train.steps is %d now: %s",
+                self.config.train.steps,
                 self.config.outer.schedule.model_dump(),
             )
 
@@ -343,7 +343,9 @@ class Training:
         vector = problem.layout.pack(saved.params)
         test: Evaluation = evaluate_tasks(executor, problem, vector, "test", tasks, shard_size)
         summary |= {"checkpoint": saved.state["outer"]["step"], "test": test}
-        progress.say(f"test on {tasks} unseen tasks (checkpoint of step {summary['checkpoint']})")
+        unseen = config.train.steps % config.validation.every if config.validation.every and self.best else 0
+        after = f"; the {unseen} after the last validation were not compared" if unseen else ""
+        progress.say(f"test on {tasks} unseen tasks (checkpoint of step {summary['checkpoint']}{after})")
         progress.say(f"  meta-trained        {describe(test)}")
         if config.evaluation.baselines:
             untrained = evaluate_tasks(executor, problem, self.initial, "test", tasks, shard_size)

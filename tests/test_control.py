@@ -352,8 +352,8 @@ def test_a_policy_is_adapted_to_an_unseen_goal(trained: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "adapt needs --support and --query, files of yours; or, for a run on control, --task"),
-        (["--task", 1, "--support", "x"], "adapt needs --support and --query, files of yours; or"),
+        ([], "adapt takes --support and --query, files of yours; or, for a run on control, --task instead"),
+        (["--task", 1, "--support", "x"], "adapt takes --support and --query, files of yours; or"),
         (["--support", "x", "--query", "y"], "metaworld, which reads no tasks from files"),
         (["--task", -1], "Invalid value for '--task'"),
     ],

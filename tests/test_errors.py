@@ -58,7 +58,7 @@ TABLE = {
     "schedule by metric": ["outer.schedule.use=ReduceLROnPlateau", "ReduceLROnPlateau follows a metric"],
     "reptile beside Adam": [
         "algorithm.use=reptile",
-        "needs plain SGD as outer optimizer, without momentum; given: Adam",
+        "needs plain SGD as outer optimizer, without momentum and not stale; given: Adam",
     ],
     "reptile with momentum": [
         "algorithm.use=reptile outer.use=SGD outer.options.momentum=0.9",
@@ -74,6 +74,8 @@ TABLE = {
         "scaling.num_workers=2 scaling.min_workers=3",
         "scaling.min_workers = 3 is more than scaling.num_workers = 2",
     ],
+    "stale with passes": ["outer.stale=true outer.passes=2", "outer.stale takes one meta-gradient a step"],
+    "a value for a section": ["train=5", "train holds settings of its own, as in train.KEY=VALUE; given: 5"],
     "no equals sign": ["steps", "'steps' is not an override; give key=value"],
     "truth for a number": ["train.steps=true", "train.steps: input should be a number; given: True"],
     "truth for a rate": ["algorithm.inner_lr=true", "algorithm.inner_lr: input should be a number; given: True"],

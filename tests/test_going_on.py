@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from problems import Blobs, HeadedMLP
 import distmeta
 from distmeta import MAML, RunFolder, checkpoint
 from distmeta.core.types import Episode, Split
-from distmeta.errors import ConfigError, WorkerError
+from distmeta.errors import ConfigError, NumericalError, WorkerError
 from distmeta.replay import replay
 from distmeta.training import Training
 
@@ -154,3 +155,67 @@ def test_networks_that_change_when_they_are_called_are_refused(tmp_path: Path) -
     for i, (name, model) in enumerate(((calls, Counting(True)), (calls, Counting(False)), (vectors, normed))):
         with pytest.raises(ConfigError, match=rf"the model changes its buffer {name} when it is called"):
             train(tmp_path / str(i), "train.steps=2", model=model)
+
+
+class Wrong(Blobs):
+    """Blobs whose training tasks are not what they should be."""
+
+    def __init__(self, change: Callable[[Episode], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Any:
+        return self.change(super().sample(rng, split))
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "the name of an algorithm": ({"algorithm": "maml"}, "algorithm='maml': an object of MetaAlgorithm is expected"),
+    "the class of an algorithm": ({"algorithm": MAML}, "algorithm=the class MAML: an object"),
+    "the class of a model": ({"model": torch.nn.Linear}, "model=the class Linear: an object of Module"),
+    "a model without parameters": ({"model": torch.nn.Tanh()}, r"the model \(Tanh\) has no trainable parameters"),
+    "the name of a loss": ({"loss": "mse"}, r"loss='mse': a function loss\(output, target\) is expected"),
+    "the class of tasks": ({"tasks": Blobs}, r"tasks=the class Blobs: an object is expected, as in tasks=Blobs\(…\)"),
+    "a number for a loss": ({"loss": lambda *_: 0.5}, "must give a scalar tensor, or one and metrics; it gave a float"),
+    "losses": ({"loss": lambda output, _: output}, r"it gave the shape \(6, 3\)"),
+    "other shapes": ({"loss": torch.nn.functional.mse_loss}, r"puts out the shape \(6, 3\) for targets of .* \(6,\)"),
+    "no episode": (
+        {"tasks": Wrong(tuple)},
+        r"task 0 of step 0 .* is a tuple: sample\(rng, split\) must give an Episode",
+    ),
+    "no tensors": ({"tasks": Wrong(lambda e: Episode((1, 2), e.query_set))}, "the support set of task 0 .* of tensors"),
+    "no examples": (
+        {"tasks": Wrong(lambda e: Episode(e.support_set, tuple(part[:0] for part in e.query_set)))},
+        r"the query set of task 0 of step 0 \(split train, seed 0\) is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_what_is_given_in_python_is_refused_in_its_own_words(case: str, tmp_path: Path) -> None:
+    objects, message = MISTAKES[case]
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path / "run", "train.steps=1", "validation.every=0", **objects)
+
+
+def test_data_that_are_not_finite_are_not_blamed_on_a_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = Wrong(
+        lambda e: Episode(tuple(x * torch.nan if x.is_floating_point() else x for x in e.support_set), e.query_set)
+    )
+    with pytest.raises(NumericalError, match=r"is nan; its support set is not finite itself; train.on_failure=skip"):
+        train(tmp_path / "run", "train.steps=1", "validation.every=0", tasks=bad)
+    run = train(tmp_path / "sound", "train.steps=1", "validation.every=0")
+    x, y = Blobs().sample(np.random.default_rng(0), "test").support_set
+    assert distmeta.adapt(run, (x, y), **parts()).predict(x).isfinite().all()
+    for support, error, message in (
+        ((x * torch.nan, y), NumericalError, "not finite after adaptation .*: the support set is not itself"),
+        ((x[:0], y[:0]), ConfigError, r"the support set is empty: its tensors have the shapes \(0, 3\), \(0,\)"),
+        (x, ConfigError, "the support set is a tuple of tensors, .*; given: a Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            distmeta.adapt(run, support, **parts())
+    caplog.clear()
+    bad = Wrong(
+        lambda e: Episode(e.support_set, tuple(x * torch.nan if x.is_floating_point() else x for x in e.query_set))
+    )
+    distmeta.evaluate(run, **parts(tasks=bad))
+    assert "4 of 4 test tasks have a loss that is not finite before any adaptation" in caplog.text

@@ -127,6 +127,22 @@ def test_split_file(table: Path, tmp_path: Path) -> None:
     assert {s: [tasks.dataset.names[g] for g in tasks.members[s]] for s in SPLITS} == lists
 
 
+@pytest.mark.parametrize(
+    ("known", "asked", "message"),
+    [
+        ("x1,x1,x2,y\n1,1,2,3\n2,2,2,4\n", "x1,x2\n1,2\n", r"has 2 columns called 'x1'; rename all but one"),
+        ("who,x1,x2,y\na,1,2,3\nb,2,2,4\n", "x1,x2\n1,2\n", r"rows of 2 tasks by their column 'who': a, b"),
+        ("who,x1,x2,y\na,1,2,3\na,2,2,4\n", "who,x1,x2\nb,1,2\n", r"rows of 2 tasks by their column 'who': a, b"),
+        ("x1,x2,y\n1,2,1e300\n2,2,-1e300\n", "x1,x2\n1,2\n", r"numbers up to 1e\+300 are too large"),
+    ],
+)
+def test_a_task_of_ones_own_that_cannot_be(known: str, asked: str, message: str, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "known.csv").write_text(known)
+    (tmp_path / "asked.csv").write_text(asked)
+    with pytest.raises(DataError, match=message):
+        own(table).own_task(tmp_path / "known.csv", tmp_path / "asked.csv").support  # noqa: B018
+
+
 def test_command_line_from_training_to_predictions(table: Path, tmp_path: Path, caplog: Any) -> None:
     def run(*words: object) -> str:
         with caplog.at_level(logging.WARNING):
@@ -160,6 +176,15 @@ def test_command_line_from_training_to_predictions(table: Path, tmp_path: Path, 
     assert [row["line"] for row in rows] == [str(line) for line in range(2, 22)]
     error = np.array([float(row["y"]) for row in rows]) - y[10:]
     assert np.sqrt((error**2).mean()) < 0.5 * y[10:].std(), "it has learned that y follows x1, in the table's units"
+    (tmp_path / "asked.csv").write_text("x1,x2,y\n0.5,0.1,78\n0.5,0.2,\n")
+    assert "rmse" not in run("adapt", tmp_path / "run", *files, "--out", tmp_path / "out3")
+    assert "asked.csv: for 1 of 2 queries the truth is not given, so that nothing is scored" in caplog.text
+    with (tmp_path / "known.csv").open("w") as file:
+        file.write("x1,x2,y\n" + "".join(f"{a},{b},{1.7e9 + 2 * a}\n" for a, b in x))
+    run("adapt", tmp_path / "run", *files, "--out", tmp_path / "out4")
+    with (tmp_path / "out4" / "predictions.csv").open() as file:
+        one, other = (float(row["y"]) for row in csv.DictReader(file))
+    assert abs(one - 1.7e9) < 3 and one != other, "large numbers keep what they differ by"
     (tmp_path / "asked.csv").write_text("x2,x1\n0.5,0.1\n")
     out = run("adapt", tmp_path / "run", *files, "--out", tmp_path / "out2")
     assert "rmse" not in out, "without truth there is no error"

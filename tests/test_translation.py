@@ -153,6 +153,13 @@ def test_settings_that_do_not_fit_are_refused(options: dict, message: str, corpu
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(("pair", "what"), [("x\t\n", "translation"), ("\tx\n", "sentence")])
+def test_an_empty_half_of_a_pair_is_named(pair: str, what: str, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "known.tsv").write_text(f"a\tb\n{pair}")
+    with pytest.raises(DataError, match=rf"known.tsv, line 2 has an empty {what}"):
+        own(corpus).own_task(tmp_path / "known.tsv", tmp_path / "known.tsv")
+
+
 def test_pairs_of_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"source": "a\\tb", "target": "c"}\n{"source": "d"}\n')

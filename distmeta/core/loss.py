@@ -6,7 +6,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ def token_cross_entropy(output_BTV: Tensor, target_BT: Tensor) -> tuple[Tensor, 
     right = (output_BTV.argmax(-1) == target_BT).to(output_BTV.dtype).sum() / tokens
     return -(log_probability * there).sum() / tokens, {"token_accuracy": right}
 
+
+ELEMENTWISE = (mse, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 CRITERIA: dict[str, Criterion] = {
     "cross_entropy": cross_entropy,
@@ -101,10 +104,15 @@ class PureModule(ABC):
         self.module = module
 
     def init(self) -> Params:
-        """The initial theta: copies of the module's trainable parameters."""
-        return {
-            name: tensor.detach().clone() for name, tensor in self.module.named_parameters() if tensor.requires_grad
-        }
+        """The initial theta: copies of the module's trainable parameters.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        theta = {n: tensor.detach().clone() for n, tensor in self.module.named_parameters() if tensor.requires_grad}
+        if not theta:
+            raise ConfigError(f"the model ({type(self.module).__name__}) has no trainable parameters to learn")
+        return theta
 
     def constants(self) -> str:
         """A checksum of all that f depends on beside theta: frozen parameters and buffers."""
@@ -154,5 +162,16 @@ class ModuleLoss(PureModule):
 
     def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
         """L_T(theta; D) and metrics; ``batch`` is ``(x, …, y)``."""
-        result = self.criterion(self.predict(params, *batch[:-1]), batch[-1])
-        return result if isinstance(result, tuple) else (result, {})
+        output, target = self.predict(params, *batch[:-1]), batch[-1]
+        elementwise = self.criterion in ELEMENTWISE or isinstance(self.criterion, ELEMENTWISE_MODULES)
+        if elementwise and output.shape != target.shape:  # which torch stretches to each other, with a warning
+            raise ConfigError(
+                f"the model puts out the shape {tuple(output.shape)} for targets of the shape {tuple(target.shape)}; "
+                "the loss compares them element by element, and needs equal ones"
+            )
+        result: Any = self.criterion(output, target)
+        value, metrics = cast("tuple[Any, Metrics]", result if isinstance(result, tuple) else (result, {}))
+        if not isinstance(value, Tensor) or value.dim():
+            given = f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ConfigError(f"loss(output, target) must give a scalar tensor, or one and metrics; it gave {given}")
+        return value, metrics

@@ -242,10 +242,16 @@ def _check(problem: Problem, gradient: Params, row: dict[str, np.ndarray], shard
 
 
 def _not_finite(problem: Problem, what: str, value: float, shard: Shard, index: int) -> NumericalError:
-    return NumericalError(
-        f"the {what} of {problem.name(shard, index)} is {value}; lower algorithm.inner_lr or outer.lr, or set "
-        "outer.clip_norm; train.on_failure=skip leaves such tasks out"
+    (task,) = problem.build(shard._replace(first=index, size=1))  # once more, which gives the same
+    sets = {"support": task.support_set, "query": task.query_set} if isinstance(task, Episode) else {}
+    bad = [name for name, batch in sets.items() if not all(tensor.isfinite().all() for tensor in batch)]
+    remedy = (
+        f"its {bad[0]} set is not finite itself"
+        if bad
+        else ("lower algorithm.inner_lr or outer.lr, or set outer.clip_norm")
     )
+    leave = "; train.on_failure=skip leaves such tasks out" if problem.on_failure == "raise" else ""
+    return NumericalError(f"the {what} of {problem.name(shard, index)} is {value}; {remedy}{leave}")
 
 
 def add(total: Params, part: Params) -> None:

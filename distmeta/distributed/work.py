@@ -247,7 +247,8 @@ class Problem:
         tasks: list[Task] = []
         for index in range(shard.first, shard.first + shard.size):
             with named(f"building {self.name(shard, index)}"):
-                tasks.append(self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split))
+                task = self.tasks.sample(stream(self.seed, shard.split, shard.step, index), shard.split)
+                tasks.append(_checked(task, self.name(shard, index)))
         return tasks
 
     def loss_of(self, task: Task) -> PureModule:
@@ -362,6 +363,26 @@ class Problem:
         query, target = task.query(meta.model)
         nearest = torch.cdist(query.flatten(1), support.flatten(1)).argmin(1)
         return {"accuracy": (label[nearest] == target).double().mean().cpu().numpy()}
+
+
+def _checked(task: Task, name: str) -> Task:
+    """The task, if it is one and has examples.
+
+    Raises:
+        ConfigError: It is not, or has none.
+    """
+    if not callable(getattr(task, "support", None)) or not callable(getattr(task, "query", None)):
+        raise ConfigError(
+            f"{name} is a {type(task).__name__}: sample(rng, split) must give an Episode(support_set, query_set), each "
+            "a tuple of inputs and, last, targets"
+        )
+    if isinstance(task, Episode):
+        for which, batch in (("support", task.support_set), ("query", task.query_set)):
+            if any(not isinstance(tensor, torch.Tensor) for tensor in batch) or not batch:
+                raise ConfigError(f"the {which} set of {name} must be a tuple of tensors: inputs and, last, targets")
+            if any(not len(tensor) for tensor in batch if tensor.dim()):
+                raise ConfigError(f"the {which} set of {name} is empty")
+    return task
 
 
 def sampling_seconds(tasks: list[Task]) -> dict[str, float]:

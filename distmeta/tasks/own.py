@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,16 @@ from torch import Tensor
 from distmeta.core.scope import Scope, score_of
 from distmeta.core.types import Batch
 
+log = logging.getLogger("distmeta")
+
 OUT_OF_SCOPE = "out of scope"
 """What stands for the class of a query that belongs to none."""
 
 Predict = Callable[..., Tensor]
 """The outputs of an adapted model for inputs whose first axis counts examples."""
+
+
+NOT_SCORED = "%s: for %d of %d queries the truth is not given, so that nothing is scored"
 
 
 class Predictions(NamedTuple):
@@ -103,6 +109,11 @@ class OwnClasses:
     def _judge(self, best: list[str], labels: list[str]) -> dict[str, float]:
         """The share of queries that are rightly classified; and, where there is a scope, of those in it and of those
         out of it the shares that are taken so."""
+        unknown = sorted(set(labels) - set(self.classes))
+        if unknown and self.scope is None:
+            count = sum(label not in self.classes for label in labels)
+            log.warning("%d of %d queries have labels that the support set has not (%s): they count as wrong",
+                        count, len(labels), ", ".join(unknown[:5]))  # fmt: skip
         outside = [self.scope is not None and label not in self.classes for label in labels]
         truth = [OUT_OF_SCOPE if out else label for out, label in zip(outside, labels, strict=True)]
         right = [name == true for name, true in zip(best, truth, strict=True)]

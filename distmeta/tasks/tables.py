@@ -79,6 +79,9 @@ def _separated(path: Path, columns: Sequence[str], optional: Sequence[str]) -> I
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
+                for name in (*columns, *optional):
+                    if header.count(name) > 1:
+                        raise DataError(f"{path} has {header.count(name)} columns called {name!r}; rename all but one")
                 for name in columns:
                     if name not in header:
                         raise DataError(

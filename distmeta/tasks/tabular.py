@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from distmeta.core.types import Batch, Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError, at_least
 from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.datasets import DataTasks, some
-from distmeta.tasks.own import Predict, Predictions
+from distmeta.tasks.own import NOT_SCORED, Predict, Predictions
 from distmeta.tasks.splits import SPLITS, USUAL, Fractions, by_fractions, check_fractions, listed, read_lists
 from distmeta.tasks.tables import Row, rows
 
 Floats = NDArray[np.float64]
+
+log = logging.getLogger("distmeta")
 
 
 class Scale(NamedTuple):
@@ -31,8 +34,15 @@ class Scale(NamedTuple):
 
     @staticmethod
     def of(support: Floats) -> Scale:
-        """Those of the rows ``support``."""
-        deviation = support.std(0)
+        """Those of the rows ``support``.
+
+        Raises:
+            DataError: Their squares are too large for double precision.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            deviation = support.std(0)
+        if not np.isfinite(deviation).all():
+            raise DataError(f"numbers up to {np.abs(support).max():g} are too large for their spread to be computed")
         return Scale(support.mean(0), np.where(deviation > 1e-9 * (1 + np.abs(support).max(0)), deviation, 1.0))
 
     def apply(self, table: Floats) -> Floats:
@@ -159,8 +169,15 @@ class Tabular(DataTasks):
 
     def own_task(self, support: Path, query: Path) -> OwnTable:
         """From two tables: with features and targets, and with features and, where they are known, targets."""
-        known = np.array([numbers(row, self.columns, 0) for row in rows(support, self.columns)])
-        asked = list(rows(query, self.features, self.targets))
+        given = list(rows(support, self.columns, (self.task,)))
+        known = np.array([numbers(row, self.columns, 0) for row in given])
+        asked = list(rows(query, self.features, (*self.targets, self.task)))
+        names = sorted({row.cells[-1].strip() for row in (*given, *asked) if row.cells[-1]})
+        if len(names) > 1:
+            raise DataError(
+                f"{support} and {query} hold rows of {len(names)} tasks by their column {self.task!r}: {some(names)}; "
+                "a model is adapted to one at a time"
+            )
         for path, read in ((support, known), (query, asked)):
             if not len(read):
                 raise DataError(f"{path} holds no rows")
@@ -168,8 +185,11 @@ class Tabular(DataTasks):
             raise DataError(f"{support} holds 1 row; its columns are scaled by their spread, which takes 2 or more")
         there = len(self.features)
         truth = None
-        if all(cell is not None and cell.strip() for row in asked for cell in row.cells[there:]):
+        unknown = sum(not all(cell is not None and cell.strip() for cell in row.cells[there:-1]) for row in asked)
+        if not unknown:
             truth = np.array([numbers(row, self.columns, 0)[there:] for row in asked])
+        elif unknown < len(asked):
+            log.warning(NOT_SCORED, query, unknown, len(asked))
         inputs = np.array([numbers(row, self.features, 0) for row in asked])
         return OwnTable(self, known, [row.place for row in asked], inputs, truth)
 
@@ -201,8 +221,10 @@ class OwnTable:
         inputs = (self.inputs - scale.mean[:there]) / scale.deviation[:there]
         outputs = predict(torch.from_numpy(inputs).float()).double().numpy()
         found = outputs * scale.deviation[there:] + scale.mean[there:]
+        # Six digits of what targets differ by in the support set, however large they are themselves.
+        digits = [6 - int(np.floor(np.log10(deviation))) for deviation in scale.deviation[there:]]
         lines = [
-            [place.rsplit(" ", 1)[-1], *(f"{value:.6g}" for value in row)]
+            [place.rsplit(" ", 1)[-1], *(str(round(float(value), n)) for value, n in zip(row, digits, strict=True))]
             for place, row in zip(self.places, found, strict=True)
         ]
         scores: dict[str, float] = {}
