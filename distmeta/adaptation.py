@@ -125,7 +125,7 @@ def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Bat
     for name, tensor in adapted.items():
         if not tensor.isfinite().all():
             sound = all(part.isfinite().all() for part in support)
-            why = "lower algorithm.inner_lr, by which the run was trained" if sound else "the support set is not itself"
+            why = "lower algorithm.inner_lr, by which the run was trained" if sound else "nor is the support set"
             raise NumericalError(f"{name} is not finite after adaptation to the support set: {why}")
     module.load_state_dict(adapted, strict=False)
     return Adapted(module, support[:-1], getattr(loss, "classes", None))

@@ -207,7 +207,7 @@ def test_data_that_are_not_finite_are_not_blamed_on_a_rate(tmp_path: Path, caplo
     x, y = Blobs().sample(np.random.default_rng(0), "test").support_set
     assert distmeta.adapt(run, (x, y), **parts()).predict(x).isfinite().all()
     for support, error, message in (
-        ((x * torch.nan, y), NumericalError, "not finite after adaptation .*: the support set is not itself"),
+        ((x * torch.nan, y), NumericalError, "not finite after adaptation .*: nor is the support set"),
         ((x[:0], y[:0]), ConfigError, r"the support set is empty: its tensors have the shapes \(0, 3\), \(0,\)"),
         (x, ConfigError, "the support set is a tuple of tensors, .*; given: a Tensor"),
     ):

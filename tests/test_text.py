@@ -148,7 +148,7 @@ def test_empty_and_repeated_texts_are_left_out_and_told(tmp_path: Path, caplog: 
     assert found.counts.tolist() == [1, 2]
     said = " ".join(caplog.messages)
     assert "1 text is empty and left out: " in said and "x.csv, line 3" in said
-    assert "2 texts stand more than once in a class and taken once, the first: " in said and "'GOOD'" in said
+    assert "2 texts stand more than once in a class; one of each is taken, the first: " in said and "'GOOD'" in said
 
 
 def test_a_text_in_two_splits_is_told(things: Path, caplog: pytest.LogCaptureFixture) -> None:

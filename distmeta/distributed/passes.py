@@ -245,11 +245,9 @@ def _not_finite(problem: Problem, what: str, value: float, shard: Shard, index: 
     (task,) = problem.build(shard._replace(first=index, size=1))  # once more, which gives the same
     sets = {"support": task.support_set, "query": task.query_set} if isinstance(task, Episode) else {}
     bad = [name for name, batch in sets.items() if not all(tensor.isfinite().all() for tensor in batch)]
-    remedy = (
-        f"its {bad[0]} set is not finite itself"
-        if bad
-        else ("lower algorithm.inner_lr or outer.lr, or set outer.clip_norm")
-    )
+    remedy = "lower algorithm.inner_lr or outer.lr, or set outer.clip_norm"
+    if bad:
+        remedy = f"its {bad[0]} set is not finite itself"
     leave = "; train.on_failure=skip leaves such tasks out" if problem.on_failure == "raise" else ""
     return NumericalError(f"the {what} of {problem.name(shard, index)} is {value}; {remedy}{leave}")
 
