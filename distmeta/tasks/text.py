@@ -121,7 +121,9 @@ class FewShotText(FewShotClasses):
         if empty:
             log.warning("%s empty and left out%s", *told(empty, "text is", "texts are"))
         if twice:
-            log.warning("%s more than once in a class; one of each is taken%s", *told(twice, "text stands", "texts stand"))
+            log.warning(
+                "%s more than once in a class; one of each is taken%s", *told(twice, "text stands", "texts stand")
+            )
         if cut:
             lists = self.tokens([text for name in names for text in by_class[name]], self.length)
             log.warning("%d of %d texts are longer than tasks.length = %d tokens and cut", cut, len(lists), self.length)
