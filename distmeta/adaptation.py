@@ -22,7 +22,7 @@ from distmeta.core.params import split
 from distmeta.core.policy import PolicyLoss
 from distmeta.core.scope import SCORES, Scope
 from distmeta.core.seeds import stream
-from distmeta.core.types import Batch, Episode, OpenSet, Params, Split, TaskDistribution
+from distmeta.core.types import Batch, Episode, OpenSet, Params, Split, TaskDistribution, check_batch
 from distmeta.distributed.work import Problem, Shard, named, reproducible
 from distmeta.errors import ConfigError, NumericalError, RunError
 from distmeta.evaluation import Evaluation, evaluate_scope, evaluate_tasks
@@ -103,12 +103,7 @@ def adapt(
 
 
 def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Batch, whose: str) -> Adapted:
-    if not isinstance(support, tuple | list) or not all(isinstance(part, Tensor) for part in support):
-        raise ConfigError(
-            f"the support set is a tuple of tensors, inputs and, last, targets; given: a {type(support).__name__}"
-        )
-    if any(part.dim() and not len(part) for part in support):
-        raise ConfigError(f"the support set is empty: its tensors have the shapes {_shapes(support)}")
+    check_batch(support, "the support set")
     labels = support[-1]
     if experiment.outputs is not None or experiment.problem.algorithm.task_head is not None:  # it classifies
         if labels.numel() and int(labels.min()) < 0:
@@ -129,10 +124,6 @@ def _adapt(run: RunFolder, experiment: Experiment, checkpoint: str, support: Bat
             raise NumericalError(f"{name} is not finite after adaptation to the support set: {why}")
     module.load_state_dict(adapted, strict=False)
     return Adapted(module, support[:-1], getattr(loss, "classes", None))
-
-
-def _shapes(batch: Batch) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in batch)
 
 
 def evaluate(

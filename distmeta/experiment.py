@@ -227,8 +227,8 @@ def _said(part: object) -> str:
 
 def _check_outer(algorithm: MetaAlgorithm, config: Config) -> None:
     """Adam's second moment, which Reptile keeps among the meta-parameters, must not become negative."""
-    averages = config.outer.use in ("SGD", "torch.optim:SGD") and not config.outer.options.get("momentum")
-    averages = averages and not config.outer.stale
+    plain = config.outer.use in ("SGD", "torch.optim:SGD") and not config.outer.options.get("momentum")
+    averages = plain and not config.outer.stale
     if type(algorithm) is Reptile and algorithm.inner_optimizer == "adam" and not averages:
         raise ConfigError(
             "reptile averages the second moment of its inner Adam over tasks just as theta, which needs plain SGD as "

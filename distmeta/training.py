@@ -343,8 +343,10 @@ class Training:
         vector = problem.layout.pack(saved.params)
         test: Evaluation = evaluate_tasks(executor, problem, vector, "test", tasks, shard_size)
         summary |= {"checkpoint": saved.state["outer"]["step"], "test": test}
-        unseen = config.train.steps % config.validation.every if config.validation.every and self.best else 0
-        after = f"; the {unseen} after the last validation were not compared" if unseen else ""
+        every, steps = config.validation.every, config.train.steps
+        after = (
+            f"; none after step {steps - steps % every} was validated" if self.best and every and steps % every else ""
+        )
         progress.say(f"test on {tasks} unseen tasks (checkpoint of step {summary['checkpoint']}{after})")
         progress.say(f"  meta-trained        {describe(test)}")
         if config.evaluation.baselines:

@@ -138,6 +138,11 @@ def test_data_that_are_missing_or_damaged(tmp_path: Path, omniglot_root: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_an_override_without_a_value_is_no_configuration() -> None:
+    done = run("train", "train.steps")
+    assert done.exit_code == 2 and "'train.steps' is not an override; give key=value" in done.output
+
+
 def test_running_statistics_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"

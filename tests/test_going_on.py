@@ -182,10 +182,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"tasks": Wrong(tuple)},
         r"task 0 of step 0 .* is a tuple: sample\(rng, split\) must give an Episode",
     ),
-    "no tensors": ({"tasks": Wrong(lambda e: Episode((1, 2), e.query_set))}, "the support set of task 0 .* of tensors"),
+    "no tensors": (
+        {"tasks": Wrong(lambda e: Episode((1, 2), e.query_set))},
+        "the support set of task 0 .* of tensors, .* a tuple of int, int",
+    ),
     "no examples": (
         {"tasks": Wrong(lambda e: Episode(e.support_set, tuple(part[:0] for part in e.query_set)))},
-        r"the query set of task 0 of step 0 \(split train, seed 0\) is empty",
+        r"the query set of task 0 of step 0 \(split train, seed 0\) is empty: shapes \(0, 3\), \(0,\)",
     ),
 }
 
@@ -208,8 +211,8 @@ def test_data_that_are_not_finite_are_not_blamed_on_a_rate(tmp_path: Path, caplo
     assert distmeta.adapt(run, (x, y), **parts()).predict(x).isfinite().all()
     for support, error, message in (
         ((x * torch.nan, y), NumericalError, "not finite after adaptation .*: nor is the support set"),
-        ((x[:0], y[:0]), ConfigError, r"the support set is empty: its tensors have the shapes \(0, 3\), \(0,\)"),
-        (x, ConfigError, "the support set is a tuple of tensors, .*; given: a Tensor"),
+        ((x[:0], y[:0]), ConfigError, r"the support set is empty: shapes \(0, 3\), \(0,\)"),
+        (x, ConfigError, "the support set must be a tuple of tensors, .*; given: a Tensor"),
     ):
         with pytest.raises(error, match=message):
             distmeta.adapt(run, support, **parts())
@@ -219,3 +222,15 @@ def test_data_that_are_not_finite_are_not_blamed_on_a_rate(tmp_path: Path, caplo
     )
     distmeta.evaluate(run, **parts(tasks=bad))
     assert "4 of 4 test tasks have a loss that is not finite before any adaptation" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(3, "checkpoint of step 2; none after step 2 was validated"), (4, "(checkpoint of step ")]
+)
+def test_steps_that_no_validation_has_seen_are_said(
+    steps: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They cannot be the best, so that what is judged is an earlier checkpoint."""
+    train(tmp_path / "run", f"train.steps={steps}", "validation.every=2", "outer.lr=0.01")
+    told = "".join(capsys.readouterr())
+    assert said in told and ("none after" in told) == (steps == 3)

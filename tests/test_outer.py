@@ -109,3 +109,13 @@ def test_stale_gradients_are_those_of_one_step_before() -> None:
 def test_stale_gradients_do_not_go_with_further_passes(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"outer\.stale takes one meta-gradient a step"):
         validate({"outer": {"stale": True, **more}})
+
+
+@pytest.mark.parametrize(("stale", "edge"), [(False, 2.0), (True, 1.0)])
+def test_stale_gradients_bear_half_the_rate_on_a_quadratic(stale: bool, edge: float) -> None:
+    """theta_t+1 = theta_t − lr · lambda · theta_t−1: z² − z + lr · lambda has its roots within the circle below 1."""
+    for rate, bears in ((0.95 * edge, True), (1.05 * edge, False)):
+        outer = loop(torch.float64, use="SGD", lr=rate, stale=stale)
+        for _ in range(200):
+            outer.update(outer.taken_at(), None)  # type: ignore[arg-type]
+        assert (np.abs(outer.vector()).max() < 1) == bears

@@ -5,11 +5,13 @@ Shapes in names: ``x_BCHW`` is a batch of images; ``N`` ways, ``K`` shots, ``Q``
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from torch import Tensor
+
+from distmeta.errors import ConfigError
 
 Params = dict[str, Tensor]
 """Named tensors, as ``dict(module.named_parameters())`` gives them."""
@@ -179,3 +181,15 @@ class TaskSpec(NamedTuple):
     variable_ways: bool = False
     """Whether a classification has as many classes as its labels show, ``outputs`` at most: its loss and its accuracy
     are then those of its own classes, the outputs beyond them left out."""
+
+
+def check_batch(batch: object, whose: str) -> None:
+    """Raises `ConfigError`, which begins with ``whose``, unless ``batch`` is a `Batch` with examples."""
+    parts: Sequence[Any] = cast("Sequence[Any]", batch) if isinstance(batch, tuple | list) else ()
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        given = (
+            type(cast(object, batch)).__name__ + " of " * bool(parts) + ", ".join(type(part).__name__ for part in parts)
+        )
+        raise ConfigError(f"{whose} must be a tuple of tensors, inputs and, last, targets; given: a {given}")
+    if any(part.dim() and not len(part) for part in parts):
+        raise ConfigError(f"{whose} is empty: shapes {', '.join(str(tuple(part.shape)) for part in parts)}")

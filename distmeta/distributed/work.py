@@ -36,6 +36,7 @@ from distmeta.core.types import (
     Split,
     Task,
     TaskDistribution,
+    check_batch,
 )
 from distmeta.distributed.compiled import Programs
 from distmeta.distributed.passes import FAILURES, Pass, Recordings, join_metrics, stack_metrics, train_pass
@@ -378,10 +379,7 @@ def _checked(task: Task, name: str) -> Task:
         )
     if isinstance(task, Episode):
         for which, batch in (("support", task.support_set), ("query", task.query_set)):
-            if any(not isinstance(tensor, torch.Tensor) for tensor in batch) or not batch:
-                raise ConfigError(f"the {which} set of {name} must be a tuple of tensors: inputs and, last, targets")
-            if any(not len(tensor) for tensor in batch if tensor.dim()):
-                raise ConfigError(f"the {which} set of {name} is empty")
+            check_batch(batch, f"the {which} set of {name}")
     return task
 
 

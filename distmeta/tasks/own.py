@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from distmeta.core.types import Batch
 
 log = logging.getLogger("distmeta")
 
+T = TypeVar("T")
+
 OUT_OF_SCOPE = "out of scope"
 """What stands for the class of a query that belongs to none."""
 
@@ -22,7 +24,13 @@ Predict = Callable[..., Tensor]
 """The outputs of an adapted model for inputs whose first axis counts examples."""
 
 
-NOT_SCORED = "%s: for %d of %d queries the truth is not given, so that nothing is scored"
+def truth_of_all(query: Path, truth: Sequence[T | None]) -> list[T] | None:
+    """The truth of the queries of a file, where it is given for each; if only for some, there is a warning."""
+    known = [one for one in truth if one is not None]
+    if known and len(known) < len(truth):
+        log.warning("%s: for %d of %d queries the truth is not given, so that nothing is scored",
+                    query, len(truth) - len(known), len(truth))  # fmt: skip
+    return known if len(known) == len(truth) else None
 
 
 class Predictions(NamedTuple):

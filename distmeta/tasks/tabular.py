@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ from distmeta.core.types import Batch, Episode, Split, TaskSpec
 from distmeta.errors import ConfigError, DataError, at_least
 from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.datasets import DataTasks, some
-from distmeta.tasks.own import NOT_SCORED, Predict, Predictions
+from distmeta.tasks.own import Predict, Predictions, truth_of_all
 from distmeta.tasks.splits import SPLITS, USUAL, Fractions, by_fractions, check_fractions, listed, read_lists
 from distmeta.tasks.tables import Row, rows
 
 Floats = NDArray[np.float64]
-
-log = logging.getLogger("distmeta")
 
 
 class Scale(NamedTuple):
@@ -184,14 +181,13 @@ class Tabular(DataTasks):
         if len(known) < 2:
             raise DataError(f"{support} holds 1 row; its columns are scaled by their spread, which takes 2 or more")
         there = len(self.features)
-        truth = None
-        unknown = sum(not all(cell is not None and cell.strip() for cell in row.cells[there:-1]) for row in asked)
-        if not unknown:
-            truth = np.array([numbers(row, self.columns, 0)[there:] for row in asked])
-        elif unknown < len(asked):
-            log.warning(NOT_SCORED, query, unknown, len(asked))
+        whole = [all(cell is not None and cell.strip() for cell in row.cells[there:-1]) for row in asked]
+        truth = truth_of_all(
+            query,
+            [numbers(row, self.columns, 0)[there:] if given else None for row, given in zip(asked, whole, strict=True)],
+        )
         inputs = np.array([numbers(row, self.features, 0) for row in asked])
-        return OwnTable(self, known, [row.place for row in asked], inputs, truth)
+        return OwnTable(self, known, [row.place for row in asked], inputs, None if truth is None else np.array(truth))
 
 
 @dataclass

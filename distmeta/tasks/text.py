@@ -22,7 +22,7 @@ from distmeta.errors import ConfigError, DataError
 from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.datasets import FewShotClasses, told
 from distmeta.tasks.files import download
-from distmeta.tasks.own import NOT_SCORED, OwnClasses
+from distmeta.tasks.own import OwnClasses, truth_of_all
 from distmeta.tasks.splits import (
     SPLITS,
     USUAL,
@@ -164,16 +164,13 @@ class FewShotText(FewShotClasses):
                 raise DataError(f"{path} holds no texts")
         names = sorted({label for _, label, _ in known if label is not None})
         y = torch.tensor([names.index(label) for _, label, _ in known if label is not None])
-        labels = [label for _, label, _ in asked if label is not None]
-        if labels and len(labels) < len(asked):
-            log.warning(NOT_SCORED, query, len(asked) - len(labels), len(asked))
         return OwnClasses(
             names,
             (self._encode(known), y),
             "text",
             [text.text for text in asked],
             self._encode(asked),
-            labels if len(labels) == len(asked) else None,
+            truth_of_all(query, [text.label for text in asked]),
         )
 
     def _encode(self, read: Sequence[Text]) -> Tensor:

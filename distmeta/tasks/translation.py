@@ -24,7 +24,7 @@ from distmeta.errors import ConfigError, DataError
 from distmeta.tasks import catalogues
 from distmeta.tasks.cache import ExampleSet
 from distmeta.tasks.datasets import DataTasks
-from distmeta.tasks.own import NOT_SCORED, Predict, Predictions
+from distmeta.tasks.own import Predict, Predictions, truth_of_all
 from distmeta.tasks.splits import SPLITS
 from distmeta.tasks.tables import read_text, rows
 from distmeta.tasks.tokens import PADDING, Bytes, table
@@ -209,11 +209,9 @@ class FewShotTranslation(DataTasks):
             if not pair.source or not pair.target:
                 raise DataError(f"{pair.place} has an empty {'translation' if pair.source else 'sentence'}")
         examples = encode_pairs([(pair.source, pair.target) for pair in known], self.length)
-        truth = [pair.target for pair in asked]
-        if any(truth) and not all(truth):
-            log.warning(NOT_SCORED, query, sum(not target for target in truth), len(truth))
+        truth = truth_of_all(query, [pair.target or None for pair in asked])
         sources = [pair.source for pair in asked]
-        return OwnPairs(batch_of(examples), sources, encode(sources, self.length), truth if all(truth) else None)
+        return OwnPairs(batch_of(examples), sources, encode(sources, self.length), truth)
 
     def _fitting(self, path: Path, pairs: Iterable[Pair]) -> list[Pair]:
         """Those of at most ``length`` bytes; of a catalogue, which nobody shortens for this, others are left out."""
