@@ -18,6 +18,7 @@ from distmeta.core.params import split
 from distmeta.core.types import Episode, MetaParams, Task
 from distmeta.distributed.work import reproducible, shards_of
 from distmeta.errors import DataError
+from distmeta.evaluation import adapted
 from distmeta.experiment import Experiment
 from distmeta.outer import check_same
 from distmeta.pictures import GREEN, GREY, VERMILLION, Floats, blank, legend, tidy
@@ -40,12 +41,13 @@ class Adaptation:
     """The model's outputs for the query before adaptation and after each inner step."""
     losses: list[float]
     """The query loss of each of ``outputs``."""
+    made_head: bool
+    """Whether the first step makes the head from the support set."""
 
     @property
     def after(self) -> str:
-        """The number of inner steps, in words."""
-        steps = len(self.outputs) - 1
-        return f"{steps} inner step{'s' if steps != 1 else ''}"
+        """What adaptation has done, in words."""
+        return adapted(len(self.outputs) - 1, self.made_head)
 
 
 def first_test_task(run: RunFolder, experiment: Experiment) -> tuple[MetaParams, Task]:
@@ -83,7 +85,9 @@ def adapt_first(run: RunFolder, experiment: Experiment) -> Adaptation:
                 outputs.append(loss.predict(step.params, query_x))
                 losses.append(float(loss(step.params, task.query_set)[0]))
     kind = _kind(query_x, query_y, outputs[-1])
-    return Adaptation(kind, support_x, support_y, query_x, query_y, outputs, losses)
+    return Adaptation(
+        kind, support_x, support_y, query_x, query_y, outputs, losses, problem.algorithm.task_head is not None
+    )
 
 
 def _kind(x: Tensor, y: Tensor, output: Tensor) -> Literal["images", "function"]:

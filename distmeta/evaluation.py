@@ -44,10 +44,11 @@ def evaluate_tasks(
     Returns:
         ``metric``, the name of the metric that counts (see `distmeta.core.types.TaskSpec.metric`); ``before`` and
         ``after`` adaptation, its mean and interval, and ``change``, those of what it has changed by in each task;
-        ``by_inner_step``, for each metric the list of them; where the tasks have a judge, ``judged``: for each of its
-        metrics ``before`` and ``after``; and, for classifiers that normalise by batch statistics, ``inductive``: the
-        accuracy when no query example sees another (``transductive`` then says that the other figures are not of that
-        kind).
+        ``by_inner_step``, for each metric the list of them, the first of whose steps makes the head from the support
+        set where ``made_head`` says so (see `distmeta.core.algorithm.MetaAlgorithm.task_head`); where the tasks have
+        a judge, ``judged``: for each of its metrics ``before`` and ``after``; and, for classifiers that normalise by
+        batch statistics, ``inductive``: the accuracy when no query example sees another (``transductive`` then says
+        that the other figures are not of that kind).
         Where tasks fall into groups (see `distmeta.core.types.Grouped`), ``groups`` holds, by the name of each, the
         number of its ``tasks`` and the same figures of these alone.
     """
@@ -72,6 +73,7 @@ def evaluate_tasks(
         "tasks": tasks - len(skipped),
         "metric": metric,
         "transductive": uses_batch_statistics(problem.loss.module),
+        "made_head": problem.algorithm.task_head is not None,
         **_figures(metrics, metric),
     }
     groups = by_group(metrics, problem.groups(shards, skipped))
@@ -216,9 +218,8 @@ def describe(evaluation: Evaluation) -> str:
     """One line for people."""
 
     metric = evaluation["metric"]
-    steps = len(evaluation["by_inner_step"]["loss"]) - 1
-    line = f"{metric} {show(metric, evaluation['before'])} before, {show(metric, evaluation['after'])} after "
-    line += f"{steps} inner step{'s' if steps != 1 else ''}"
+    after = adapted(len(evaluation["by_inner_step"]["loss"]) - 1, evaluation.get("made_head", False))
+    line = f"{metric} {show(metric, evaluation['before'])} before, {show(metric, evaluation['after'])} after {after}"
     if evaluation["transductive"]:
         line += " (transductive)"
     if "inductive" in evaluation:
@@ -231,6 +232,13 @@ def describe(evaluation: Evaluation) -> str:
         return f"{line}; of {len(groups)} groups, {ends}"
     told = ", ".join(f"{name} {show(metric, group['after'])}" for name, group in groups.items())
     return f"{line}; {told}" if told else line
+
+
+def adapted(steps: int, made_head: bool) -> str:
+    """What ``steps`` of adaptation do, for people; with ``made_head`` the first makes the head from the support set."""
+    inner = steps - made_head
+    words = f"{inner} inner step{'s' if inner != 1 else ''}"
+    return words if not made_head else f"making the head and {words}" if inner else "making the head"
 
 
 def show(metric: str, value: dict[str, float]) -> str:

@@ -32,7 +32,8 @@ def _by_inner_step(result: Evaluation) -> Table:
         table.add_column(name, justify="right")
     for step in range(len(result["by_inner_step"]["loss"])):
         row = [show(name, values[step]) for name, values in result["by_inner_step"].items()]
-        table.add_row(str(step), *row)
+        made = result["made_head"]
+        table.add_row("head" if made and step == 1 else str(step - (made and step > 1)), *row)
     return table
 
 

@@ -45,6 +45,7 @@ class Scores(GroupScores):
     split: Split
     metric: str
     transductive: bool
+    made_head: bool = False
     groups: dict[str, GroupScores] = {}
 
     def points(self, metric: str) -> list[tuple[int, Interval]]:

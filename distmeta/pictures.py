@@ -157,10 +157,11 @@ def inner_steps(runs: Sequence[History]) -> Figure | None:
     of = "unseen tasks"
     drawn: set[str] = set()
     for panel, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        most = 0
+        most, made_head = 0, False
         for colour, run, scores in judged:
             if scores is None or scores.metric != metric:
                 continue
+            made_head = made_head or scores.made_head
             of = _sample(run, scores) if single else of
             other = GREY if single else colour
             most = max(most, _inner_curve(panel, scores, metric, TRAINED, colour))
@@ -182,7 +183,7 @@ def inner_steps(runs: Sequence[History]) -> Figure | None:
                 panel.axhline(neighbour.mean, color=other, **BASES[NEIGHBOUR])
                 drawn.add(NEIGHBOUR)
         panel.set_title(f"{metric.capitalize()} on {of} by inner step (95% CI)")
-        _inner_axis(panel, most)
+        _inner_axis(panel, most, made_head)
         metric_axis(panel, metric, f"{metric} on query examples")
     handles = [
         Line2D([], [], color="black" if not single else BLUE if base == TRAINED else GREY, label=base, **style)
@@ -215,9 +216,11 @@ def _inner_curve(panel: Axes, scores: Scores, metric: str, base: str, colour: st
     return max(place.tolist(), default=0)
 
 
-def _inner_axis(panel: Axes, most: int) -> None:
+def _inner_axis(panel: Axes, most: int, made_head: bool) -> None:
     """The axis of inner steps: most happens in the first few, so that many are drawn to a logarithmic scale."""
     label = "inner steps (gradient steps on the support set"
+    if made_head:
+        label = "steps of adaptation (the first makes the head, where one is made; the others are gradient steps"
     if most > 12:
         panel.set_xscale("symlog", linthresh=3)
         panel.set_xlim(-0.2, 1.15 * most)

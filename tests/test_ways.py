@@ -11,14 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from problems import Blobs, HeadedMLP
+from rich.table import Table
 from typer.testing import CliRunner
 
 import distmeta
 import distmeta.core.loss
-from distmeta import MAML, R2D2, ProtoMAML, RunFolder
+from distmeta import MAML, R2D2, MetaAlgorithm, ProtoMAML, RunFolder
 from distmeta.cli import app
 from distmeta.core.seeds import stream
 from distmeta.errors import ConfigError, DataError, WorkerError
+from distmeta.evaluation import describe
+from distmeta.figures import figures
 from distmeta.models import Conv4
 
 UNTRAINED = ["scaling.num_workers=0", "evaluation.tasks=0", "train.steps=0"]
@@ -148,3 +151,23 @@ def test_files_of_more_classes(tmp_path: Path) -> None:
     right = sum(row["class"] == row["file"].split("/")[0] for row in rows)
     assert right > 5, "more than there are outputs in training"
     assert len(json.loads((tmp_path / "out" / "classes.json").read_text())) == 8
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "after", "rows"),
+    [
+        (ProtoMAML(inner_steps=0), "making the head", ["0", "head"]),
+        (ProtoMAML(inner_steps=2), "making the head and 2 inner steps", ["0", "head", "1", "2"]),
+        (R2D2(), "making the head", ["0", "head"]),
+        (MAML(inner_steps=1), "1 inner step", ["0", "1"]),
+    ],
+)
+def test_the_making_of_a_head_is_no_inner_step(
+    algorithm: MetaAlgorithm, after: str, rows: list[str], tmp_path: Path
+) -> None:
+    run, objects = own(tmp_path / "run", algorithm)
+    result = distmeta.evaluate(run, episodes=4, **objects)
+    line = describe(result)
+    assert f"after {after}" in line and f"after {after} and" not in line
+    table = next(figures(result))
+    assert isinstance(table, Table) and list(table.columns[0].cells) == rows
