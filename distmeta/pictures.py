@@ -182,7 +182,8 @@ def inner_steps(runs: Sequence[History]) -> Figure | None:
                 )
                 panel.axhline(neighbour.mean, color=other, **BASES[NEIGHBOUR])
                 drawn.add(NEIGHBOUR)
-        panel.set_title(f"{metric.capitalize()} on {of} by inner step (95% CI)")
+        step = "step of adaptation" if made_head else "inner step"
+        panel.set_title(f"{metric.capitalize()} on {of} by {step} (95% CI)")
         _inner_axis(panel, most, made_head)
         metric_axis(panel, metric, f"{metric} on query examples")
     handles = [
@@ -220,7 +221,7 @@ def _inner_axis(panel: Axes, most: int, made_head: bool) -> None:
     """The axis of inner steps: most happens in the first few, so that many are drawn to a logarithmic scale."""
     label = "inner steps (gradient steps on the support set"
     if made_head:
-        label = "steps of adaptation (the first makes the head, where one is made; the others are gradient steps"
+        label = "steps of adaptation (the first makes the head, if one is made"
     if most > 12:
         panel.set_xscale("symlog", linthresh=3)
         panel.set_xlim(-0.2, 1.15 * most)
