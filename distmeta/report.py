@@ -167,6 +167,8 @@ def _cells(run: History) -> dict[str, str]:
     neighbour = summary.nearest_neighbour if summary else None
     validation = run.validation[-1] if run.validation else None
     state = "finished" if summary else "unfinished" if run.train or run.validation else "unfinished, no metrics yet"
+    if not summary and run.step >= run.config.train.steps > 0:  # as the winner of a search
+        state = "trained, not judged on test tasks"
     sizes = [_size(options[key], word) for key, word in (("ways", "way"), ("shots", "shot")) if key in options]
     if "of" in options:
         sizes = ["of", ", ".join(options["of"])]

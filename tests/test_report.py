@@ -152,6 +152,13 @@ def test_unfinished_run(copy: RunFolder, lines: int, expected: set[str]) -> None
     assert "unfinished" in Page(page).text
 
 
+def test_a_run_that_was_trained_and_not_judged_is_not_unfinished(copy: RunFolder) -> None:
+    """As the winner of a search."""
+    (copy.path / "summary.json").unlink()
+    text = Page(report([copy])).text
+    assert "trained, not judged on test tasks" in text and "unfinished" not in text
+
+
 def test_run_without_metrics(copy: RunFolder) -> None:
     for path in (copy.metrics, copy.path / "summary.json"):
         path.unlink()
