@@ -62,9 +62,9 @@ class Progress:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self._smooth.items())
         if self._groups and len(self._groups) <= MOST_TOLD:
             shown += " (" + ", ".join(f"{name} {value:.3f}" for name, value in sorted(self._groups.items())) + ")"
-        text = f"{self._rate:.0f} tasks/s  {shown}"
-        self._bar.update(self._task, completed=step, metrics=text)
+        rate = f"{self._rate:.{0 if self._rate >= 10 else 2}f} tasks/s  " if self._rate else ""  # none after one step
+        self._bar.update(self._task, completed=step, metrics=rate + shown)
         if self._bar.disable and now - self._said > EVERY:
             self._said = now
-            left = (self._total - step) * tasks / self._rate if self._rate else 0.0
-            self.say(f"step {step}/{self._total}  {text}  {left / 60:.1f} min left")
+            left = f"  {(self._total - step) * tasks / self._rate / 60:.1f} min left" if self._rate else ""
+            self.say(f"step {step}/{self._total}  {rate}{shown}{left}")

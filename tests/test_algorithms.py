@@ -192,18 +192,19 @@ def linear_regression() -> tuple[ModuleLoss, Episode, torch.Tensor]:
     return ModuleLoss(layer, mse), Episode((a, b), (c, d)), 2 * a.T @ a / 6
 
 
-def test_imaml_on_a_quadratic_has_its_closed_form() -> None:
-    """phi = (H + lambda I)⁻¹ (2 Aᵀb/m + lambda theta), gradient = lambda (H + lambda I)⁻¹ ∇L(phi; Q)."""
+@pytest.mark.parametrize("damping", [0.0, 1.5])
+def test_imaml_on_a_quadratic_has_its_closed_form(damping: float) -> None:
+    """phi = (H + lambda I)⁻¹ (2 Aᵀb/m + lambda theta), gradient = (I + H / (lambda + damping))⁻¹ ∇L(phi; Q)."""
     loss, task, hessian = linear_regression()
     params, strength = loss.init(), 0.7
     (a, b), (c, d) = task
     system = hessian + strength * torch.eye(4, dtype=DOUBLE)
     phi = torch.linalg.solve(system, 2 * a.T @ b / 6 + strength * params["weight"].T)
     query = 2 * c.T @ (c @ phi - d) / 6
-    algorithm = IMAML(inner_lr=0.1, inner_steps=600, regularization=strength, cg_steps=4)
+    algorithm = IMAML(inner_lr=0.1, inner_steps=600, regularization=strength, cg_steps=4, cg_damping=damping)
     result = algorithm.meta_gradient(MetaParams(params, {}), task, loss, step=0)
     assert relative_error(algorithm.adapt(MetaParams(params, {}), task, loss)["weight"].T, phi) < 1e-12
-    expected = strength * torch.linalg.solve(system, query)
+    expected = torch.linalg.solve(torch.eye(4, dtype=DOUBLE) + hessian / (strength + damping), query)
     assert relative_error(result.gradient.model["weight"].T, expected) < 1e-9
     assert float(result.metrics["cg_residual"]) < 1e-9
     assert algorithm.complaint({"cg_residual": float(result.metrics["cg_residual"])}) is None
@@ -268,6 +269,7 @@ def test_heads_from_the_support_set_need_class_labels(algorithm, network: nn.Mod
     [
         (IMAML, {"regularization": 0.0}, "algorithm.regularization"),
         (IMAML, {"cg_steps": 0}, "algorithm.cg_steps"),
+        (IMAML, {"cg_damping": -1.0}, "algorithm.cg_damping"),
         (R2D2, {"ridge": 0.0}, "algorithm.ridge"),
         (R2D2, {"scale": -1.0}, "algorithm.scale"),
         (ProtoMAML, {"inner_steps": -1}, "algorithm.inner_steps"),
