@@ -47,6 +47,8 @@ VARIANTS: dict[str, tuple[str, list[str], list[str]]] = {
     "meta-curvature": ("meta-curvature", [], ["algorithm.inner_lr=0.1"]),
     "cavia": ("cavia", [], []),
     "warpgrad": ("warpgrad", [], []),
+    "learned-optimizer": ("learned-optimizer", [], []),
+    "imaml": ("imaml", [], []),
     "protomaml": ("protomaml", [], []),
     "protonet": ("protonet", [], []),
     "r2d2": ("r2d2", [], []),
