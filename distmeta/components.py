@@ -152,24 +152,36 @@ def documentation(target: Callable[..., Any], given: Iterable[str] = ()) -> dict
 
 
 def explain(error: ValidationError, model: type[BaseModel], section: str = "") -> str:
-    """The first complaints of pydantic as one line in terms of configuration keys."""
-    lines: list[str] = []
+    """The first complaints of pydantic as one line in terms of configuration keys.
+
+    Where each member of a union has refused a value, what they want is one complaint.
+    """
+    wanted: dict[str, list[str]] = {}
+    complaints: dict[str, str] = {}
     for problem in error.errors():
         where = [str(part) for part in problem["loc"]]
         key = ".".join(([section] if section else []) + [part for part in where if not _is_branch(part)])
-        kind = problem["type"]
-        if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        kind, cause = problem["type"], problem.get("ctx", {}).get("error")
+        if isinstance(cause, DistmetaError):
+            complaints[str(cause)] = str(cause)
+        elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
             known = _keys_at(model, where[:-1])
             hint = nearest(where[-1], known) or (f"; known are {', '.join(sorted(known))}" if known else "")
-            line = f"{key}: unknown key{hint}"
+            complaints[key] = f"{key}: unknown key{hint}"
         elif kind == "missing":
-            line = f"{key}: missing; it has no default"
+            complaints[key] = f"{key}: missing; it has no default"
         else:
-            cause = problem.get("ctx", {}).get("error")
-            line = str(cause) if isinstance(cause, DistmetaError) else f"{key}: {_plain(problem)}"
-        if line not in lines:
-            lines.append(line)
-    return "; ".join(lines[:4])
+            wanted.setdefault(key, []).append(_plain(problem["msg"]))
+            complaints[key] = f"{key}: {' or '.join(dict.fromkeys(wanted[key]))}; given: {problem['input']!r}"
+    return "; ".join(list(complaints.values())[:4])
+
+
+_WORDS = {
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+    "a valid dictionary or instance of Component": "settings, {use: NAME, option: value}",
+    "a valid dictionary": "settings, {key: value}",
+}
 
 
 def _is_branch(part: str) -> bool:
@@ -177,10 +189,12 @@ def _is_branch(part: str) -> bool:
     return part in ("int", "float", "str", "bool", "none", "constrained-int", "Component") or "[" in part
 
 
-def _plain(problem: Any) -> str:
-    message = problem["msg"]
+def _plain(message: str) -> str:
+    """What pydantic says, within a line, and in YAML's words."""
     message = message[0].lower() + message[1:]
-    return f"{message}; given: {problem['input']!r}"
+    for pythons, yamls in _WORDS.items():
+        message = message.replace(pythons, yamls)
+    return message
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -242,6 +242,8 @@ def merge(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; give key=value, for example train.steps=100")
+        with _readable(repr(override)):
+            OmegaConf.from_dotlist([override])
     with _readable():
         start, changes = OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides))
         for section in (name for name, field in Config.model_fields.items() if isinstance(field.default, Section)):
@@ -257,14 +259,14 @@ def merge(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str
 
 
 @contextmanager
-def _readable() -> Generator[None]:
-    """Turns what OmegaConf raises into a `ConfigError`."""
+def _readable(what: str = "the configuration") -> Generator[None]:
+    """Turns what OmegaConf raises into a `ConfigError` that says what it was at."""
     try:
         yield
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"the configuration cannot be read: {one_line(error)}") from error
+        raise ConfigError(f"{what} cannot be read: {one_line(error)}") from error
 
 
 def _strings(data: object) -> Generator[str]:

@@ -7,7 +7,7 @@ it is and exits with the class's ``exit_code`` (2: the user's to mend, 1: anythi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class DistmetaError(Exception):
@@ -83,3 +83,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name most like ``name``, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def told(places: Sequence[str], one: str, more: str) -> tuple[str, str]:
+    """How many there are, and where (the first of them), for messages."""
+    return (
+        (f"1 {one}", f": {places[0]}") if len(places) == 1 else (f"{len(places)} {more}", f", the first: {places[0]}")
+    )
+
+
+def some(things: Iterable[object], most: int = 10) -> str:
+    """A list for messages; of a long one the beginning, and how many are left."""
+    shown = [str(thing) for thing in things]
+    rest = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -54,7 +54,10 @@ TABLE = {
     "too many ways": ["tasks.ways=5000", "fewer than the 5000 ways of a task: lower tasks.ways"],
     "too many shots": ["tasks.shots=20", "examples, fewer than"],
     "option of another model": ["model.use=mlp model.downsample=stride", "model.downsample: unknown key"],
-    "negative workers": ["scaling.num_workers=-1", "scaling.num_workers: input should be greater than or equal to 0"],
+    "negative workers": [
+        "scaling.num_workers=-1",
+        "num_workers: input should be greater than or equal to 0 or input should be 'auto'; given: -1",
+    ],
     "schedule by metric": ["outer.schedule.use=ReduceLROnPlateau", "ReduceLROnPlateau follows a metric"],
     "reptile beside Adam": [
         "algorithm.use=reptile",
@@ -80,6 +83,8 @@ TABLE = {
     "truth for a number": ["train.steps=true", "train.steps: input should be a number; given: True"],
     "truth for a rate": ["algorithm.inner_lr=true", "algorithm.inner_lr: input should be a number; given: True"],
     "environment": ["name=${oc.env:HOME}", "it may refer to its own keys, as ${train.steps} does, and to nothing else"],
+    "open brace": ["train={steps:3", "'train={steps:3' cannot be read: "],
+    "number for a component": ["outer.schedule=3", "outer.schedule: input should be settings, {use: NAME"],
     "bad interpolation": ["train.steps=${no.such}", "the configuration cannot be read"],
 }
 

@@ -117,7 +117,7 @@ def test_settings_of_a_mixture_out_of_range(options: dict[str, Any], message: st
 def test_mistakes_in_a_configured_mixture_name_their_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         assemble(load("functions-maml", [override]))
-    with pytest.raises(ConfigError, match=r"tasks.of: input should be a valid dictionary"):
+    with pytest.raises(ConfigError, match=r"tasks.of: input should be settings, \{key: value\}"):
         assemble(load({"tasks": {"use": "mixture", "of": [{"use": "glyphs"}]}}))
 
 

@@ -72,12 +72,17 @@ def save_letters(folder: Path, names: Sequence[str]) -> None:
 read = Glyphs().read_image
 
 
-def test_folders_of_pictures(tmp_path: Path) -> None:
+def test_folders_of_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_letters(tmp_path / "b", ["2.png", "1.png"])
     save_letters(tmp_path / "a", ["3.png"])
-    (tmp_path / "a" / ".DS_Store").write_text("")
+    for stray in ("a/.DS_Store", "a/Thumbs.db", "README.md"):
+        (tmp_path / stray).write_text("no picture")
     (tmp_path / ".hidden").mkdir()
-    names, x, y = folder_of_classes(tmp_path, read)
+    with caplog.at_level("WARNING"):
+        names, x, y = folder_of_classes(tmp_path, read)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 file is no picture by its name and left out: {tmp_path / stray}" for stray in ("README.md", "a/Thumbs.db")
+    ]
     assert names == ["a", "b"] and x.shape == (3, 1, 28, 28) and y.tolist() == [0, 1, 1]
     assert torch.equal(x[0], read(tmp_path / "a" / "3.png"))
     pictures = folder_of_images(tmp_path, read)
@@ -110,13 +115,14 @@ def make_mixed(folder: Path) -> None:
 
 def make_text(folder: Path) -> None:
     save_letters(folder / "a", ["1.png"])
-    (folder / "a" / "notes.txt").write_text("not an image")
+    (folder / "a" / "notes.png").write_text("not an image")
 
 
 def make_truncated(folder: Path) -> None:
-    save_letters(folder / "a", ["1.png"])
-    path = folder / "a" / "1.png"
-    path.write_bytes(path.read_bytes()[:-60])
+    save_letters(folder / "a", ["1.png", "2.png", "3.png"])
+    for name in ("1.png", "3.png"):
+        path = folder / "a" / name
+        path.write_bytes(path.read_bytes()[:-60])
 
 
 def make_blank(folder: Path) -> None:
@@ -129,12 +135,12 @@ def make_blank(folder: Path) -> None:
     [
         (make_nothing, "there is no folder .*chars"),
         (make_file, "chars is not a folder"),
-        (lambda folder: folder.mkdir(), "chars is empty"),
+        (lambda folder: folder.mkdir(), "chars holds no pictures: it should"),
         (make_flat, "chars holds no class folders"),
         (make_empty_class, "class folder .*b holds no pictures"),
         (make_mixed, "both folders and files .stray.png"),
-        (make_text, "notes.txt cannot be read as an image"),
-        (make_truncated, "1.png cannot be read as an image"),
+        (make_text, "notes.png cannot be read as an image"),
+        (make_truncated, "1.png cannot be read as an image.*3.png cannot be read as an image.*take away"),
         (make_blank, "blank.png has one colour only"),
         (lambda folder: (folder / "a" / "deeper").mkdir(parents=True), "deeper cannot be read as an image"),
     ],

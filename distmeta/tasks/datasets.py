@@ -11,7 +11,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distmeta.core.types import Episode, Split
-from distmeta.errors import DataError
+from distmeta.errors import DataError, told
 from distmeta.tasks.cache import FORMAT, Block, ExampleSet
 from distmeta.tasks.files import default_data_root
 from distmeta.tasks.own import OwnClasses
@@ -33,20 +33,6 @@ from distmeta.tasks.splits import SPLITS
 log = logging.getLogger(__name__)
 
 _LARGE_CLASS = 1 << 12  # examples; from larger classes a few are drawn without ordering all
-
-
-def told(places: Sequence[str], one: str, more: str) -> tuple[str, str]:
-    """How many there are, and where (the first of them)."""
-    return (
-        (f"1 {one}", f": {places[0]}") if len(places) == 1 else (f"{len(places)} {more}", f", the first: {places[0]}")
-    )
-
-
-def some(things: Iterable[object], most: int = 10) -> str:
-    """A list for messages; of a long one the beginning, and how many are left."""
-    shown = [str(thing) for thing in things]
-    rest = len(shown) - most
-    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(eq=False)

@@ -10,21 +10,19 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from distmeta.core.types import Split
-from distmeta.errors import DataError, at_least
+from distmeta.errors import DataError, at_least, some, told
 from distmeta.tasks.cache import Block
-from distmeta.tasks.datasets import some, told
 from distmeta.tasks.images import FewShotImages
-from distmeta.tasks.pictures import Fit, Pixels, photo_pixels, quietly, to_floats
+from distmeta.tasks.pictures import Fit, Pixels, is_picture, photo_pixels, quietly, to_floats
 from distmeta.tasks.splits import (
     ALIASES,
     SPLITS,
@@ -328,7 +326,7 @@ def subfolders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    stray = [entry.name for entry in entries if entry.suffix.lower() in _suffixes() and entry.is_file()]
+    stray = [entry.name for entry in entries if is_picture(entry.name) and entry.is_file()]
     places = [entry for entry in entries if entry.is_dir()]
     if stray:
         raise DataError(f"{folder} holds images beside folders ({some(stray, 3)}): put each in its class's folder")
@@ -344,14 +342,7 @@ def images_below(folder: Path) -> list[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(name for name in files if not name.startswith(".")):
-            ending = file[file.rfind(".") :].lower()
-            (found if ending in _suffixes() else others).append(f"{place}/{file}")
+            (found if is_picture(file) else others).append(f"{place}/{file}")
     if others:
         log.warning("%s no image by its name and left out%s", *told(others, "file is", "files are"))
     return found
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    """The endings of the files that Pillow can read."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)

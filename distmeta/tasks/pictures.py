@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from distmeta.errors import DataError
+from distmeta.errors import DataError, some, told
+
+log = logging.getLogger("distmeta")
 
 Pixels = NDArray[np.uint8]
 Fit = Literal["crop", "pad", "stretch"]
@@ -29,6 +33,16 @@ def to_floats(pixels: Pixels) -> Tensor:
     view = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
     # NumPy's operations start several times as fast as torch's, which is what counts with a few small images
     return torch.from_numpy(np.divide(view, np.float32(255), out=np.empty(view.shape, np.float32)))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as those of the pictures do that Pillow can read."""
+    return name[name.rfind(".") :].lower() in _endings()
+
+
+@cache
+def _endings() -> frozenset[str]:
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
 @contextmanager
@@ -151,27 +165,31 @@ class Pictures(NamedTuple):
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The entries of a folder by name, hidden ones left out."""
+    """The folders and pictures in a folder by name, hidden ones left out; other files are told."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    others = [str(entry) for entry in entries if not (is_picture(entry.name) or entry.is_dir())]
+    if others:
+        log.warning("%s no picture by its name and left out%s", *told(others, "file is", "files are"))
+    return [entry for entry in entries if str(entry) not in others]
 
 
 def folder_of_images(folder: Path, reader: Callable[[Path], Tensor]) -> Pictures:
     """Reads a folder of pictures, or of one folder of pictures for each class.
 
     Args:
-        folder: the folder; hidden files are ignored.
+        folder: the folder; files that are hidden, or no pictures by their names, are left out.
         reader: reads one picture, for example `FewShotImages.read_image`.
 
     Raises:
-        DataError: no such folder, an empty one (or an empty class), pictures beside class folders, or an unreadable
-            picture.
+        DataError: no such folder, an empty one (or an empty class), pictures beside class folders, or unreadable
+            pictures, all of which are named.
     """
     entries = _entries(folder)
     classes = [entry for entry in entries if entry.is_dir()]
     if not entries:
-        raise DataError(f"{folder} is empty: it should hold pictures, or one folder of pictures for each class")
+        raise DataError(f"{folder} holds no pictures: it should, or hold one folder of pictures for each class")
     if classes and len(classes) < len(entries):
         stray = next(entry for entry in entries if not entry.is_dir())
         raise DataError(
@@ -184,9 +202,16 @@ def folder_of_images(folder: Path, reader: Callable[[Path], Tensor]) -> Pictures
         if not found:
             raise DataError(f"the class folder {place} holds no pictures")
         paths += found
-    return Pictures(
-        paths, torch.stack([reader(path) for path in paths]), [path.parent.name for path in paths] if classes else None
-    )
+    read: list[Tensor] = []
+    broken: list[str] = []
+    for path in paths:
+        try:
+            read.append(reader(path))
+        except DataError as error:
+            broken.append(str(error))
+    if broken:
+        raise DataError(f"{some(broken)}; mend or take away what is broken")
+    return Pictures(paths, torch.stack(read), [path.parent.name for path in paths] if classes else None)
 
 
 def folder_of_classes(folder: Path, reader: Callable[[Path], Tensor]) -> tuple[list[str], Tensor, Tensor]:

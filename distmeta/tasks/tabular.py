@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from distmeta.core.types import Batch, Episode, Split, TaskSpec
-from distmeta.errors import ConfigError, DataError, at_least
+from distmeta.errors import ConfigError, DataError, at_least, some
 from distmeta.tasks.cache import ExampleSet
-from distmeta.tasks.datasets import DataTasks, some
+from distmeta.tasks.datasets import DataTasks
 from distmeta.tasks.own import Predict, Predictions, truth_of_all
 from distmeta.tasks.splits import SPLITS, USUAL, Fractions, by_fractions, check_fractions, listed, read_lists
 from distmeta.tasks.tables import Row, rows

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from distmeta.core.seeds import stream
 from distmeta.core.types import Split, TaskSpec
-from distmeta.errors import ConfigError, DataError
+from distmeta.errors import ConfigError, DataError, told
 from distmeta.tasks.cache import ExampleSet
-from distmeta.tasks.datasets import FewShotClasses, told
+from distmeta.tasks.datasets import FewShotClasses
 from distmeta.tasks.files import download
 from distmeta.tasks.own import OwnClasses, truth_of_all
 from distmeta.tasks.splits import (
