@@ -95,6 +95,11 @@ class Train(Section):
         description="tasks of a shard one by one, vectorised, or vectorised and compiled; auto: what a trial at the "
         "start finds fastest (docs/performance.md)",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="how exactly the model multiplies; bfloat16: to 8 bits, which is faster where the hardware has it "
+        "(docs/performance.md)",
+    )
     on_failure: Literal["raise", "skip"] = Field(
         "raise", description="a task whose numbers are not finite, or whose environment fails: stop, or leave it out"
     )

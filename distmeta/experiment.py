@@ -206,7 +206,9 @@ def of_ways(experiment: Experiment, ways: int, whose: str) -> Experiment:
         setattr(layer, name, nn.Parameter(_of_rows(getattr(layer, name).detach(), ways)))
     layer.out_features = ways
     initial = widened(experiment.initial, head, ways)
-    problem = replace(problem, loss=ModuleLoss(module, problem.loss.criterion), layout=Layout.of(initial))
+    problem = replace(
+        problem, loss=ModuleLoss(module, problem.loss.criterion, problem.loss.precision), layout=Layout.of(initial)
+    )
     return replace(experiment, problem=problem, initial=initial)
 
 
@@ -295,7 +297,11 @@ def _loss(
             raise ConfigError(
                 f"{further} goes over data that were sampled with a policy; {config.tasks.use} are no tasks of control"
             )
-        return ModuleLoss(model, loss or _criterion(config.loss, spec))
+        return ModuleLoss(model, loss or _criterion(config.loss, spec), config.train.precision)
+    if config.train.precision != "float32":
+        raise ConfigError(
+            f"train.precision={config.train.precision} is for networks of supervised tasks; a policy is too small"
+        )
     if loss is not None or config.loss is not None:
         raise ConfigError(f"tasks of control have a loss of their own; leave out loss: {config.loss}")
     if further is not None and not isinstance(algorithm, Bilevel):

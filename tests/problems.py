@@ -103,7 +103,7 @@ class Mortal(Blobs):
 
 def problem_of(algorithm: MetaAlgorithm, model: nn.Module, tasks: Any, **options: Any) -> tuple[Problem, np.ndarray]:
     """A problem and its initial meta-parameters as a flat vector."""
-    loss = ModuleLoss(model, options.pop("loss", cross_entropy))
+    loss = ModuleLoss(model, options.pop("loss", cross_entropy), options.pop("precision", "float32"))
     initial = join(algorithm.init(loss.init()))
     layout = Layout.of(initial)
     return Problem(algorithm, loss, tasks, layout, seed=1, **options), layout.pack(initial)

@@ -29,8 +29,8 @@ CASES = {  # the packaged configurations made small: less of everything, nothing
     "glyphs-5way-1shot-reptile": ["model.filters=8", "algorithm.inner_steps=3"],
     "omniglot-5way-1shot-maml": ["model.filters=8", "train.meta_batch_size=6"],
     "omniglot-5way-1shot-reptile": ["model.filters=8", "algorithm.inner_steps=3"],
-    "glyphs-5way-1shot-maml stale": ["model.filters=4", "tasks.train_queries=1", "train.meta_batch_size=6",
-                                     "outer.stale=true"],
+    "glyphs-5way-1shot-maml stale, rounded": ["model.filters=4", "tasks.train_queries=1", "train.meta_batch_size=6",
+                                              "outer.stale=true", "train.precision=bfloat16"],
 }  # fmt: skip
 SMALL = [
     "train.steps=30", "train.shard_size=2", "validation.every=10", "validation.tasks=4", "evaluation.tasks=0",

@@ -40,7 +40,7 @@ def features(loss: TaskLoss, params: Params, head: str, *inputs: Tensor) -> Tens
         handle.remove()
     if len(seen) != 1 or seen[0].ndim != 2:
         raise ConfigError(f"algorithm.head: the model must call {head!r} once, with features (examples, features)")
-    return seen[0]
+    return seen[0].to(params[f"{head}.weight"].dtype)  # torch.autocast may have rounded them
 
 
 def one_hot(label_B: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # pyright: ignore[
 
 from distmeta.core.types import Batch, Metrics, Params
 from distmeta.errors import ConfigError
+
+Precision = Literal["float32", "bfloat16"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Metrics]]
 """``criterion(output, target)`` gives a scalar, or a scalar and metrics."""
@@ -92,16 +94,22 @@ class PureModule(ABC):
 
     Parameters with ``requires_grad=False`` are constants; all others are theta.
 
+    With ``precision="bfloat16"`` products of matrices and convolutions round what they multiply to 8 bits
+    (`torch.autocast`), backwards as well; theta, what is summed and normalised, the loss and the gradients stay as they
+    are.
+
     Args:
         module: f, whose own parameter values are only the initial theta.
+        precision: How exactly f multiplies.
 
     Raises:
         ConfigError: The module cannot be used in an inner loop (see `check_module`).
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, precision: Precision = "float32") -> None:
         check_module(module)
         self.module = module
+        self.precision: Precision = precision
 
     def init(self) -> Params:
         """The initial theta: copies of the module's trainable parameters.
@@ -129,7 +137,12 @@ class PureModule(ABC):
 
     def predict(self, params: Params, *inputs: Tensor) -> Tensor:
         """f_theta(x)."""
-        return functional_call(self.module, params, inputs)
+        if self.precision == "float32":
+            return functional_call(self.module, params, inputs)
+        device = next(iter(params.values())).device.type
+        # torch would keep rounded weights for as long as the context lasts, also those of an outer transform
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            return functional_call(self.module, params, inputs).float()
 
     @abstractmethod
     def __call__(self, params: Params, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -142,10 +155,11 @@ class ModuleLoss(PureModule):
     Args:
         module: f (see `PureModule`).
         criterion: From output and target to a scalar, or to a scalar and metrics.
+        precision: How exactly f multiplies.
     """
 
-    def __init__(self, module: nn.Module, criterion: Criterion) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, criterion: Criterion, precision: Precision = "float32") -> None:
+        super().__init__(module, precision)
         self.criterion = criterion
         self.classes: int | None = None
 

@@ -39,11 +39,18 @@ def conv2d(x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
         return F.conv2d(x_BCHW, weight, stride=stride, padding=padding)
     # Channels side by side are what oneDNN and the kernels are fastest with. (Of images with one channel `contiguous`
     # leaves the strides as they are, which do not say so.)
-    return _Convolution.apply(x_BCHW.to(memory_format=torch.channels_last), weight, stride, padding)
+    x_BCHW = x_BCHW.to(memory_format=torch.channels_last)
+    if not torch.is_autocast_enabled("cpu"):
+        return _Convolution.apply(x_BCHW, weight, stride, padding)
+    with torch.autocast(
+        "cpu", enabled=False
+    ):  # torch's own layers in bfloat16 are slower than these in single precision
+        return _Convolution.apply(x_BCHW, weight, stride, padding)
 
 
 def norm_relu_pool(y_BCHW: Tensor, weight: Tensor, bias: Tensor, eps: float, window: int) -> Tensor:
     """Batch-norm by the statistics of ``y``, ReLU and max-pooling over windows of window × window (1: none)."""
+    y_BCHW = y_BCHW.to(weight.dtype)  # torch.autocast may have rounded it
     if not _fusable(y_BCHW):
         if y_BCHW.is_cuda and _transformed():
             return batched.norm_relu_pool(y_BCHW, weight, bias, eps, window)
