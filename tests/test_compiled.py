@@ -46,6 +46,17 @@ def test_a_program_computes_what_it_was_made_of() -> None:
     assert not cloudpickle.loads(cloudpickle.dumps(ours)).programs._kept
 
 
+def test_a_program_rounds_to_bfloat16_where_its_model_does() -> None:
+    """The compiler would keep in single precision what lies between two products."""
+    found = {}
+    for strategy, precision in (("vmap", "float32"), ("vmap", "bfloat16"), ("compiled", "bfloat16")):
+        torch.manual_seed(0)
+        made, theta = problem_of(MAML(inner_lr=0.1), HeadedMLP(3, 3), Blobs(), strategy=strategy, precision=precision)
+        found[strategy, precision] = made.run("meta_gradient", theta, SHARD).total
+    exact, rounded, ours = found.values()
+    assert relative_error(ours, rounded) < 0.5 * relative_error(rounded, exact)
+
+
 def test_parameters_do_not_depend_on_the_workers(tmp_path: Path, ray_cluster: None) -> None:
     """Driver and workers compile for themselves."""
 

@@ -193,7 +193,7 @@ def _at_once(problem: Problem, meta: MetaParams, tasks: list[Episode], step: int
     at_once = vectorised
     if problem.strategy == "compiled":
         key = len(tasks), _form(problem, tasks[0]), problem.algorithm.phase(step), loss.module.training
-        at_once = problem.programs.of(key, vectorised, params, support, query)
+        at_once = problem.programs.of(key, vectorised, params, support, query, loss.precision)
     with torch.no_grad():
         gradient, metrics = at_once(params, support, query)
     return MetaGradient(split(gradient), metrics)
