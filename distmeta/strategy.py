@@ -223,6 +223,7 @@ def _work(experiment: Experiment) -> dict[str, object]:
     parts = config.model_dump(mode="json", include={"tasks", "model", "loss", "algorithm"})
     return parts | {
         "shard_size": _shards(config)[0].size,
+        "precision": config.train.precision,
         "threads": problem.threads,
         "hardware": hardware(problem.device),
         "distmeta": version("distmeta"),
