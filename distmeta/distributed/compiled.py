@@ -68,7 +68,7 @@ class Programs:
                     "train.strategy: compiled makes one program for each form of the tasks and phase of the algorithm, "
                     f"and these have more than {MOST}: set train.strategy=vmap"
                 )
-            program = _compile(function, params, support, query, TOLERANCE[precision])
+            program = _compile(function, params, support, query, precision)
             self._kept[key] = self._recorded(program, params, support, query) if support[0].is_cuda else program
         return self._kept[key]
 
@@ -123,7 +123,7 @@ def check_phases(algorithm: MetaAlgorithm, steps: int) -> None:
         )
 
 
-def _compile(function: AtOnce, params: Params, support: Batch, query: Batch, bound: float) -> AtOnce:
+def _compile(function: AtOnce, params: Params, support: Batch, query: Batch, precision: Precision) -> AtOnce:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no GPU
     from torch._dynamo.exc import BackendCompilerFailed  # these take a second to load
     from torch._inductor import config
@@ -131,7 +131,8 @@ def _compile(function: AtOnce, params: Params, support: Batch, query: Batch, bou
 
     # Dropout as uncompiled code draws it; no choice by measuring, which could differ from worker to worker; what is
     # rounded to bfloat16 stays so, where the compiler would leave out one cast and the next.
-    options: dict[str, Any] = {"fallback_random": True, "deterministic": True, "emulate_precision_casts": True}
+    options: dict[str, Any] = {"fallback_random": True, "deterministic": True}
+    options["emulate_precision_casts"] = precision != "float32"
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     # Processes that compile beside each other pay for Triton's many small kernels alone.
     threads = {} if support[0].is_cuda else {"compile_threads": 1}
@@ -149,7 +150,7 @@ def _compile(function: AtOnce, params: Params, support: Batch, query: Batch, bou
                 f"train.strategy: compiled cannot be used here ({one_line(error.inner_exception)}): it needs a C++ "
                 "compiler (g++), or Triton on a GPU; set train.strategy=vmap"
             ) from error
-        difference = _difference(found[0], expected[0])
+        difference, bound = _difference(found[0], expected[0]), TOLERANCE[precision]
         if difference >= bound:  # unless that is what a last bit of the parameters makes of it
             torch.manual_seed(1)
             nudged = {n: p + torch.finfo(p.dtype).eps * p * torch.randn_like(p) for n, p in params.items()}

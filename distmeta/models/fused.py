@@ -42,9 +42,7 @@ def conv2d(x_BCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     x_BCHW = x_BCHW.to(memory_format=torch.channels_last)
     if not torch.is_autocast_enabled("cpu"):
         return _Convolution.apply(x_BCHW, weight, stride, padding)
-    with torch.autocast(
-        "cpu", enabled=False
-    ):  # torch's own layers in bfloat16 are slower than these in single precision
+    with torch.autocast("cpu", enabled=False):  # torch's own layers in bfloat16 are slower than these as they are
         return _Convolution.apply(x_BCHW, weight, stride, padding)
 
 
