@@ -162,7 +162,7 @@ def run(*arguments: object) -> Result:
 TABLE = {
     # what is wrong: (keys of the search's file that differ, what the message says)
     "unknown key": ({"sapce": {}}, "sapce: unknown key; did you mean 'space'?"),
-    "no space": ({"space": None}, "space: input should be a valid dictionary"),
+    "no space": ({"space": None}, "space: input should be settings, {key: value}"),
     "empty space": ({"space": {}}, "space: empty; give at least one setting with a distribution"),
     "key that does not exist": (
         {"space": {"outer.lrr": {"uniform": [0, 1]}}},
