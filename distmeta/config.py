@@ -244,13 +244,14 @@ def merge(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str
     else:
         path = _path_of(source)
         data = {"name": path.stem} | read_yaml(path)
+    changes = OmegaConf.create({})
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; give key=value, for example train.steps=100")
         with _readable(repr(override)):
-            OmegaConf.from_dotlist([override])
+            changes.merge_with_dotlist([override])
     with _readable():
-        start, changes = OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides))
+        start = OmegaConf.create(data)
         for section in (name for name, field in Config.model_fields.items() if isinstance(field.default, Section)):
             given = OmegaConf.select(changes, section)
             if given is not None and not OmegaConf.is_config(given):

@@ -34,8 +34,8 @@ class IMAML(MetaAlgorithm):
 
     Where the inner loop ends short of the minimum, I + H/λ may be indefinite, and no solution of it a meta-gradient.
     ``cg_damping`` δ solves with I + H/(λ + δ) instead, which is between first-order MAML (δ → ∞) and the above (δ = 0).
-    The paper does not mention it; its code (imaml_dev, ``matrix_evaluator``) solves with 2 I + H/(λ + 10), which
-    at their λ = 2 is twice that of δ = 22. It also takes the K steps without the pull, and one step of the pull alone
+    The authors' code (imaml_dev, ``matrix_evaluator``) solves with 2 I + H/(λ + 10), which at their λ = 2 is twice that
+    of δ = 22. It also takes the K steps without the pull, and one step of the pull alone
     behind them (none in test tasks), so that their λ of 2 lets a task go as far as a small one does here.
 
     Raises:

@@ -168,11 +168,16 @@ def _entries(folder: Path) -> list[Path]:
     """The folders and pictures in a folder by name, hidden ones left out; other files are told."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    others = [str(entry) for entry in entries if not (is_picture(entry.name) or entry.is_dir())]
+    found: list[Path] = []
+    others: list[str] = []
+    for entry in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
+        if is_picture(entry.name) or entry.is_dir():
+            found.append(entry)
+        else:
+            others.append(str(entry))
     if others:
         log.warning("%s no picture by its name and left out%s", *told(others, "file is", "files are"))
-    return [entry for entry in entries if str(entry) not in others]
+    return found
 
 
 def folder_of_images(folder: Path, reader: Callable[[Path], Tensor]) -> Pictures:
