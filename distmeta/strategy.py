@@ -100,14 +100,18 @@ def check_vectorised(experiment: Experiment, strategy: Strategy) -> None:
     with reproducible(problem.threads, 0):
         try:
             both = join(vectorise(problem, meta, tasks, 0).gradient)
+            if experiment.problem.loss.precision != loss.precision:
+                vectorise(replace(problem, loss=experiment.problem.loss), meta, tasks, 0)
         except DistmetaError:
             raise
         except Exception as error:
             with named(f"the meta-gradient of {problem.name(first, first.first)}"):
                 loop()
+            precision = experiment.problem.loss.precision
+            rounded = "" if precision == loss.precision else f" in {precision}"
             raise ConfigError(
-                f"train.strategy: {strategy} cannot be used, since these tasks or this model cannot be vectorised "
-                f"({type(error).__name__}: {one_line(error)}); set train.strategy=loop"
+                f"train.strategy: {strategy} cannot be used, since these tasks or this model cannot be vectorised"
+                f"{rounded} ({type(error).__name__}: {one_line(error)}); set train.strategy=loop"
             ) from error
         one = join(loop().gradient)
     problem.loss.module.train()

@@ -24,7 +24,7 @@ def main() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
     parts = {"model": net, "loss": torch.nn.functional.mse_loss, "tasks": Sensors()}
     parts["algorithm"] = distmeta.MAML(inner_lr=0.1, inner_steps=3)
-    run = distmeta.train({"train": {"steps": 800, "strategy": "vmap"}}, "outer.lr=3e-3", **parts)
+    run = distmeta.train({"train": {"steps": 300, "strategy": "vmap"}}, "outer.lr=3e-3", **parts)
 
     x = torch.linspace(-1, 1, 5)[:, None]
     sensor = distmeta.adapt(run, (x, 1.4 * x - 0.5), **parts)  # a new sensor

@@ -33,13 +33,13 @@ CASES = {  # the packaged configurations made small: less of everything, nothing
                                               "outer.stale=true", "train.precision=bfloat16"],
 }  # fmt: skip
 SMALL = [
-    "train.steps=30", "train.shard_size=2", "validation.every=10", "validation.tasks=4", "evaluation.tasks=0",
-    "algorithm.test_inner_steps=2", "checkpoint.every=10",
+    "train.steps=15", "train.shard_size=2", "validation.every=5", "validation.tasks=4", "evaluation.tasks=0",
+    "algorithm.test_inner_steps=2", "checkpoint.every=5", "train.log_every=5",
 ]  # fmt: skip
 
 
 def final_parameters(run: RunFolder) -> bytes:
-    (path,) = run.checkpoints.glob("step-00000030")
+    (path,) = run.checkpoints.glob("step-00000015")
     return (path / "meta.safetensors").read_bytes()
 
 
@@ -57,15 +57,15 @@ def test_parameters_do_not_depend_on_the_layout(
         )
 
     straight = final_parameters(train("0", 0))
-    for workers in (1, 2, 3):
+    for workers in (1, 2, 3) if name == "glyphs-5way-1shot-maml" else (3,):
         assert final_parameters(train(str(workers), workers)) == straight, f"{workers} workers"
 
-    # The schedule of the whole run, of which only 17 steps are done before the stop.
+    # The schedule of the whole run, of which only 8 steps are done before the stop.
     schedule = RunFolder.open(tmp_path / "0").config().outer.schedule
-    stopped = train("stopped", 0, "train.steps=17", f"outer.schedule={json.dumps(schedule.model_dump())}")
-    assert final_parameters(distmeta.resume(stopped.path, "train.steps=30", "scaling.num_workers=2")) == straight
+    stopped = train("stopped", 0, "train.steps=8", f"outer.schedule={json.dumps(schedule.model_dump())}")
+    assert final_parameters(distmeta.resume(stopped.path, "train.steps=15", "scaling.num_workers=2")) == straight
     steps = [record["step"] for record in stopped.records() if record["kind"] == "train"]
-    assert steps == [10, 17, 20, 30]
+    assert steps == [5, 8, 10, 15]
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"e-maml", "maml", "promp", "reptile"}))

@@ -62,3 +62,17 @@ def test_evaluation_and_further_classes_are_rounded_too(tmp_path) -> None:
 def test_policies_are_not_rounded() -> None:
     with pytest.raises(ConfigError, match=r"train.precision=bfloat16 is for networks of supervised tasks"):
         assemble(load("navigation-maml-trpo", ["train.precision=bfloat16"]))
+
+
+def test_a_layer_that_cannot_be_rounded_and_vectorised_is_refused_at_the_start(tmp_path) -> None:
+    """On a CPU torch's own batch-norm takes no mixed types under vmap; one task after the other it does."""
+    norm = torch.nn.BatchNorm1d(4, track_running_stats=False)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), norm, torch.nn.Linear(4, 3))
+    parts = {"model": model, "tasks": Blobs(), "algorithm": distmeta.MAML(inner_lr=0.1)}
+    settings = ["scaling.num_workers=0", "train.steps=1", "validation.every=0", "evaluation.tasks=0"]
+    settings += ["train.precision=bfloat16", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(
+        ConfigError, match=r"cannot be vectorised in bfloat16 \(RuntimeError: .*set train.strategy=loop"
+    ):
+        distmeta.train(None, *settings, "train.strategy=vmap", **parts)
+    assert distmeta.train(None, *settings, "train.strategy=loop", **parts).summary()["steps"] == 1

@@ -188,23 +188,21 @@ def drain(made: Cluster, folder: Path) -> dict:
 def gpus(made: Cluster, folder: Path) -> dict:
     large = Scaling(num_workers=4, use_gpu=True, cpus_per_worker=5)
     halves = Scaling(num_workers=4, use_gpu=True, gpus_per_worker=0.5, resources={"node-b": 0.1})
-    with RayPool(problem(Blobs())[0], Scaling(use_gpu=True), most=99) as pool:
-        automatic = pool.size
     return {
-        "automatic": automatic,
-        "whole": _told(Scaling(num_workers=7, use_gpu=True), folder),
-        "halves": _told(halves, folder),
+        "whole": _told(Scaling(use_gpu=True), folder, 7),
+        "halves": _told(halves, folder, 4),
         "refused": message(lambda: RayPool(problem(Blobs())[0], large, 4)),
     }
 
 
-def _told(scaling: Scaling, folder: Path) -> list[list[str]]:
-    """What each worker of a pool was told; the problem itself computes on the CPU."""
+def _told(scaling: Scaling, folder: Path, workers: int) -> list[list[str]]:
+    """What each worker of a pool of so many was told; the problem itself computes on the CPU."""
     folder = folder / f"told-{time.monotonic_ns()}"
     folder.mkdir()
     given, theta = problem(Told(folder))
     with RayPool(given, scaling, most=TASKS_OF_STEP) as pool:
-        pool._wait_for(int(scaling.num_workers))
+        pool._wait_for(workers)
+        assert pool.size == workers
         step(pool, theta, 0)
     return [json.loads(path.read_text()) for path in folder.iterdir()]
 
@@ -216,7 +214,7 @@ def placement(made: Cluster, folder: Path) -> dict:
         with RayPool(given, Scaling(num_workers=3, placement=kind), most=3) as pool:
             pool._wait_for(3)
             found[kind] = len(set(where_ids(pool)))
-    told = _told(Scaling(num_workers=2, resources={"special": 1}), folder)
+    told = _told(Scaling(num_workers=2, resources={"special": 1}), folder, 2)
     found["special"] = sorted({name for name, _ in told})
     found["refused"] = message(lambda: RayPool(given, Scaling(num_workers=7, resources={"special": 1}), 7))
     scarce = Scaling(num_workers=3, min_workers=3, resources={"scarce": 1}, start_timeout=4)
