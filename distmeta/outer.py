@@ -232,11 +232,14 @@ def _optimizer(config: Outer, params: list[torch.nn.Parameter]) -> torch.optim.O
             raise ConfigError(f"outer.options.{key}: set outer.{key} instead")
     if inspect.signature(target.step).parameters["closure"].default is inspect.Parameter.empty:
         raise ConfigError(f"outer.use: {config.use} evaluates the loss anew at each step; take one that does not")
+    if issubclass(target, torch.optim.SparseAdam):
+        raise ConfigError("outer.use: SparseAdam is for sparse gradients, and meta-gradients are dense; take Adam")
     options = {"lr": config.lr} | ({} if config.weight_decay is None else {"weight_decay": config.weight_decay})
     return build("outer.options", target, options | config.options, params=params)
 
 
 def _find(key: str, name: str, module: Any, kind: type) -> Any:
-    """The class of torch's ``module`` called ``name`` that is a ``kind``, or one by import string."""
-    known = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, kind) and c is not kind}
+    """The public class of torch's ``module`` called ``name`` that is a ``kind``, or one by import string."""
+    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and n[0] != "_"}
+    known = {n: c for n, c in classes.items() if issubclass(c, kind) and c is not kind}
     return find(key, name, known)

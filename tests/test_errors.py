@@ -40,6 +40,7 @@ TABLE = {
     "optimizer option": ["outer.options.beta=5", "outer.options.beta: unknown key; did you mean 'betas'?"],
     "optimizer range": ["outer.options.betas=[2,3]", "outer.options: Adam refused its options"],
     "optimizer with closure": ["outer.use=LBFGS", "outer.use: LBFGS evaluates the loss anew"],
+    "optimizer of sparse gradients": ["outer.use=SparseAdam", "SparseAdam is for sparse gradients"],
     "unknown loss": ["loss=crossentropy", "'crossentropy' is not known; did you mean 'cross_entropy'?"],
     "no such module": ["tasks.use=no_such_module:Tasks", "cannot be imported: No module named 'no_such_module'"],
     "no such name": ["tasks.use=distmeta.models:Tasks", "cannot be imported"],
@@ -58,6 +59,7 @@ TABLE = {
         "scaling.num_workers=-1",
         "num_workers: input should be greater than or equal to 0 or input should be 'auto'; given: -1",
     ],
+    "schedule that torch keeps to itself": ["outer.schedule.use=_LRScheduler", "'_LRScheduler' is not known"],
     "schedule by metric": ["outer.schedule.use=ReduceLROnPlateau", "ReduceLROnPlateau follows a metric"],
     "reptile beside Adam": [
         "algorithm.use=reptile",

@@ -44,7 +44,7 @@ def test_the_packaged_searches_are_those_of_tune_configs() -> None:
 def test_whatever_a_packaged_search_draws_can_be_trained(name: str) -> None:
     search = load_search(name)
     generator = np.random.default_rng(7)
-    for _ in range(20):
+    for _ in range(8):
         ((_, sample),) = list(
             generate_variants({k: _one(v) for k, v in search.parsed.domains().items()}, random_state=generator)
         )
