@@ -26,10 +26,9 @@ SPEC = {
     "base": BASE,
     "set": {"train.steps": 40},
     "space": {"outer.lr": {"loguniform": [1e-3, 1e-1]}},
-    "samples": 4,
+    "samples": 5,
     "max_concurrent": 2,
 }
-AGAIN = "what has ended is not run again, but for what the driver saw in its last second or two"
 
 
 def environment() -> dict[str, str]:
@@ -87,20 +86,18 @@ def test_a_search_goes_on_after_its_driver_is_lost(
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    assert "4 trials: 4 finished" in said
+    assert "5 trials: 5 finished" in said
 
     ended: set[str] = set()
     for number, arguments, last in (
         (signal.SIGKILL, (file, f"run_dir={folder}"), "trial-000 finished"),
-        (signal.SIGINT, ("--resume", folder), "trial-001 finished"),
+        (signal.SIGINT, ("--resume", folder), "trial-002 finished"),
     ):
         process = tune(*arguments)
         said = wait_for(process, last)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-        again = set(re.findall(r"(trial-\d+) finished", said + errors))
-        assert len(again & ended) <= 2, AGAIN
-        ended |= again
+        ended |= set(re.findall(r"(trial-\d+) finished", said + errors))
         assert process.returncode == (130 if number == signal.SIGINT else -number)
         if number == signal.SIGKILL:
             time.sleep(1)
@@ -110,22 +107,23 @@ def test_a_search_goes_on_after_its_driver_is_lost(
             assert "Traceback" not in errors
         assert not (folder / "results.csv").exists()
     results = {path.parent.name: path.read_text() for path in folder.glob("trials/trial-*/result.json")}
-    assert 2 <= len(ended) < 4
+    assert 2 <= len(ended) < 5
 
     resumed = tune("--resume", folder, **shared)
     said, errors = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, errors
-    assert "4 trials: 4 finished" in said
+    assert "5 trials: 5 finished" in said
     assert figures(folder) == figures(undisturbed)
+    # A second or two of what the driver has seen may have gone with it: those trials are looked at again, at most.
     again = set(re.findall(r"(trial-\d+) finished", errors))
-    assert len(again & ended) <= 2, AGAIN
+    assert len(again & ended) <= min(2, len(ended) - 1), "what has ended is not run again"
     for name in ended - again:
         assert (folder / "trials" / name / "result.json").read_text() == results[name]
 
     capfd.readouterr()
     resume_search(folder)  # there is nothing left to do, and what was found is still there
     second = capfd.readouterr()
-    assert "4 trials: 4 finished" in second.out
+    assert "5 trials: 5 finished" in second.out
     assert "finished at step" not in second.err
     assert figures(folder) == figures(undisturbed)
 
