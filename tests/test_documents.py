@@ -84,9 +84,9 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
 def test_main_job(tmp_path: Path) -> None:
     """``distmeta train``, offline: beats nearest neighbours and the untrained model on unseen scripts.
 
-    After a quarter of its steps, by which it is well past both (docs/results.md has the accuracy of the whole).
+    Half of its steps, by which it has most of its accuracy (docs/results.md has that of the whole).
     """
-    command = [sys.executable, "-m", "distmeta", "train", "train.steps=200", "run_dir=main-job"]
+    command = [sys.executable, "-m", "distmeta", "train", "train.steps=400", "run_dir=main-job"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "nearest neighbour   accuracy" in done.stderr
@@ -96,7 +96,7 @@ def test_main_job(tmp_path: Path) -> None:
     summary = RunFolder.open(tmp_path / "main-job").summary()
     reached = summary["test"]["after"]["mean"]
     assert summary["test"]["tasks"] >= 600
-    assert reached > 0.6
-    assert reached > summary["nearest_neighbour"]["mean"] + 0.1
+    assert reached > 0.7
+    assert reached > summary["nearest_neighbour"]["mean"] + 0.2
     assert reached > summary["untrained"]["after"]["mean"] + 0.2
-    assert summary["test"]["inductive"]["mean"] > summary["nearest_neighbour"]["mean"] + 0.1
+    assert summary["test"]["inductive"]["mean"] > summary["nearest_neighbour"]["mean"] + 0.2
